@@ -1,0 +1,187 @@
+"""What a system may ask of a model or a data set, by role.
+
+A protocol here is a promise in words and shapes: `isinstance` proves nothing about it, so `run.check` sends one
+real batch through each role before any work starts. `PROBES` says how that batch is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+ROLES = {
+    "teacher": "the model whose knowledge is moved; never changed",
+    "teachers": "several such models",
+    "student": "the model that is trained in place and returned",
+    "network": "a factory: called without arguments, it returns a freshly initialised nn.Module",
+    "data": "the main training data",
+    "labelled": "data with labels that the system may read",
+    "unlabelled": "data whose labels, if any, are never read",
+    "validation": "held-out data",
+    "real": "real samples for an adversarial or density term",
+    "conditions": "class labels or prompt embeddings without pictures",
+    "prompts": "instructions or captions",
+    "corpus": "plain text",
+    "clients": "one data set per client",
+    "forget": "data to be unlearned",
+    "retain": "data to be kept",
+    "scenes": "camera views of a scene",
+}
+"""The role vocabulary: parameter names of every `distill`."""
+
+FIELDS = {
+    "index": "position in the data set, always present",
+    "image": "float32 [batch, channels, height, width]",
+    "label": "int64 [batch]",
+    "x": "float32 [batch, ...]: a sample of a density (pictures or points)",
+    "condition": "int64 [batch] or float32 [batch, ...]",
+    "input_ids": "int64 [batch, length]",
+    "attention_mask": "int64 [batch, length], 1 on real tokens",
+    "target_mask": "int64 [batch, length], 1 on the tokens a loss is taken on",
+    "graph": "list of torch_geometric Data",
+}
+"""Names of the fields of a batch."""
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """Pictures in, class logits out."""
+
+    def __call__(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]: ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Pictures in, one feature vector per picture out."""
+
+    def __call__(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A noisy sample and its time in, the estimate of the clean sample x0 out.
+
+    t = 0 is data and t = 1 is noise; `process` gives alpha_t and sigma_t with x_t = alpha_t x + sigma_t eps.
+    `condition` is None where the model is unconditional; `null_condition` is what stands for "no condition".
+    """
+
+    process: Any
+    null_condition: Tensor | None
+
+    def __call__(
+        self, x_t: Float[Tensor, "batch ..."], t: Float[Tensor, " batch"], condition: Tensor | None = None
+    ) -> Float[Tensor, "batch ..."]: ...
+
+
+@runtime_checkable
+class CausalLM(Protocol):
+    """A decoder-only language model with the interface of `transformers`: `.logits` out, and `generate`."""
+
+    def __call__(self, input_ids: Int[Tensor, "batch length"], attention_mask: Tensor | None = None) -> Any: ...
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor: ...
+
+
+@runtime_checkable
+class GraphModel(Protocol):
+    """Node features, edges, graph index and (optionally) a mask of the nodes to pool in; graph logits out."""
+
+    def __call__(
+        self, x: Tensor, edge_index: Tensor, batch: Tensor, pool_mask: Tensor | None = None, **extra: Tensor | None
+    ) -> Float[Tensor, "graphs classes"]: ...
+
+
+Network = Callable[[], nn.Module]
+"""A factory of freshly initialised networks."""
+
+
+class DataSet(Protocol):
+    """A map-style set of dicts. `fields` names what an item has beside `index`."""
+
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class Images(DataSet, Protocol):
+    """Pictures; labels, if present, are not read."""
+
+    fields = ("image",)
+
+
+class LabelledImages(DataSet, Protocol):
+    """Pictures with labels."""
+
+    fields = ("image", "label")
+
+
+class Samples(DataSet, Protocol):
+    """Samples of a density, with `condition` where the model is conditional."""
+
+    fields = ("x",)
+
+
+class Conditions(DataSet, Protocol):
+    """Conditions without samples."""
+
+    fields = ("condition",)
+
+
+class TokenPairs(DataSet, Protocol):
+    """Prompt and response in one sequence; `target_mask` is 1 on the response."""
+
+    fields = ("input_ids", "attention_mask", "target_mask")
+
+
+class Graphs(DataSet, Protocol):
+    """Graphs with discrete node labels and a class."""
+
+    fields = ("graph", "label")
+
+
+def _probe_image(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    return model(batch["image"])
+
+
+def _probe_denoiser(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    x = batch["x"]
+    t = torch.full((len(x),), 0.5, device=x.device)
+    return model(x, t, batch.get("condition"))
+
+
+def _probe_causal_lm(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    return model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+
+
+PROBES: dict[Any, Callable[[Any, Mapping[str, Any]], Tensor]] = {
+    Classifier: _probe_image,
+    Encoder: _probe_image,
+    Denoiser: _probe_denoiser,
+    CausalLM: _probe_causal_lm,
+}
+"""How one batch is sent through a model of each protocol."""
+
+NEEDS: dict[Any, tuple[str, ...]] = {
+    Classifier: ("image",),
+    Encoder: ("image",),
+    Denoiser: ("x",),
+    CausalLM: ("input_ids",),
+}
+"""Which batch fields the probe of a protocol reads."""
+
+
+def modules_of(*objects: Any) -> Iterator[nn.Module]:
+    """The nn.Modules among `objects`, looking into lists, tuples and dicts."""
+    for item in objects:
+        if isinstance(item, nn.Module):
+            yield item
+        elif isinstance(item, Mapping):
+            yield from modules_of(*item.values())
+        elif isinstance(item, list | tuple):
+            yield from modules_of(*item)
