@@ -96,6 +96,7 @@ class Run:
         self.checkpoint_seconds, self.checkpoint_steps = checkpoint_seconds, checkpoint_steps
         self.device = processes.connect(device)
         self.quiet = quiet or processes.rank() > 0
+        self._autocast: Any = None
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.crashed: dict[str, str] = {}
@@ -108,7 +109,6 @@ class Run:
         self._between: dict[str, list[str]] = {}
         self._stopping = False
         self._handlers: dict[int, Any] = {}
-        self._autocast: Any = None
         self._saved_at = time.monotonic()
         self._enter_moment("begin")
 
@@ -152,6 +152,11 @@ class Run:
             self._autocast.__exit__(*error)
             self._autocast = None
 
+    def _forget_casts(self) -> None:
+        """Autocast keeps its copies of weights until its region ends; ours spans the run, and the weights change."""
+        if self._autocast is not None:
+            torch.clear_autocast_cache()
+
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._stopping or not self._stages or self.folder is None:
             raise Interrupted("stopped")
@@ -169,6 +174,7 @@ class Run:
         """Reseed everything from (seed, parts). Within a step the libraries' own draws differ between processes,
         unless they must be `alike` (initial weights)."""
         self._moment = Moment(self.seed, *parts)
+        self._forget_casts()
         rank = 0 if alike or not self._stages else processes.rank()
         reseed(derive(self.seed, *parts, *([f"rank {rank}"] if rank else [])))
 
@@ -181,6 +187,11 @@ class Run:
     def _here(self) -> str:
         parent = [self._stages[-1].inner] if self._stages else []
         return "/".join(parent + self._path)
+
+    @property
+    def begun(self) -> bool:
+        """Whether any stage or `once` has been entered."""
+        return bool(self._used)
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -270,7 +281,6 @@ class Run:
         Raises StageError for a name used twice, TypeError for a held number, DataError for empty data.
         """
         validate(held)
-        self._claim(name)
         path = "/".join(filter(None, [self._here, name]))
         record = None
         if self.folder is not None and not self._stages:
@@ -285,6 +295,7 @@ class Run:
             steps = epochs * stage.per_epoch
         require(steps is not None and steps >= 0, f"stage '{path}' needs steps or epochs, 0 or more; got {steps}")
         stage.steps = int(steps or 0)
+        self._claim(name)
         return self._iterate(stage, data, batch, orders)
 
     def _claim(self, name: str) -> None:
@@ -401,7 +412,7 @@ class Run:
             raise DryRunEnded(f"checked; {count} steps of '{stage.path}' ran, nothing was saved")
         stopping = self._stopping if processes.size() == 1 else processes.any_of(self._stopping, self.device)
         if stopping:
-            self._save(stage)
+            self._complete(stage) if stage.finishing else self._save(stage)
             raise Interrupted(f"stopped after step {stage.k + 1} of {stage.steps} of stage '{stage.path}'")
         due = time.monotonic() - self._saved_at >= self.checkpoint_seconds if self.checkpoint_steps is None else (
             (stage.k + 1) % self.checkpoint_steps == 0)
@@ -463,6 +474,10 @@ class Run:
         if not self._stages:
             raise StageError("run.finish() was called outside of run.loop")
         self._stages[-1].finishing = True
+
+    def stop(self) -> None:
+        """Save after the current (or next) step and stop there by raising Interrupted, as Ctrl-C does."""
+        self._stopping = True
 
     def state(self, **values: Any) -> State:
         """A namespace of numbers, strings and tensors that a stage can hold: `s = run.state(phi=0.0)`."""
@@ -549,6 +564,7 @@ class Run:
         if clip is not None:
             nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
+        self._forget_casts()
         optimizer.zero_grad(set_to_none=True)
 
     def update(self, optimizers: Optimizer | Sequence[Optimizer], *, clip: float | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from stillhouse.errors import DamagedFileError, StoreError
+from stillhouse.run.seeds import preserved
 from stillhouse.store import cache_folder, digest_of, find_checked, load_checked, save_checked
 
 
@@ -35,6 +36,8 @@ def cached(name: str, recipe: dict[str, Any], build: Callable[[], Any]) -> Any:
             except DamagedFileError as error:
                 print(f"{error}; building {name} again", file=sys.stderr)
                 path.unlink(missing_ok=True)
-        return load_checked(save_checked(folder, "entry", build()))
+        with preserved():
+            entry = build()
+        return load_checked(save_checked(folder, "entry", entry))
     finally:
         lock.release()
