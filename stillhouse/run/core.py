@@ -71,6 +71,7 @@ class Run:
     """A run of one system: `loop`, `update`, `log`, and the rest for those who need it.
 
     Without a folder nothing is saved. Use it as a context manager so that Ctrl-C saves before it stops.
+    `deterministic` makes resumes exact on a GPU too, where some operations are otherwise not.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Run:
         seed: int = 0,
         device: str = "cpu",
         precision: str = "float32",
+        deterministic: bool = False,
         full: bool = False,
         keep_going: bool = False,
         quiet: bool = False,
@@ -94,6 +96,8 @@ class Run:
         self.seed, self.precision, self.full, self.keep_going = seed, precision, full, keep_going
         self.dry, self.workers = dry, workers
         self.checkpoint_seconds, self.checkpoint_steps = checkpoint_seconds, checkpoint_steps
+        if deterministic:
+            torch.use_deterministic_algorithms(True)
         self.device = processes.connect(device)
         self.quiet = quiet or processes.rank() > 0
         self._autocast: Any = None

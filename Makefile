@@ -1,0 +1,46 @@
+# Everything works from a fresh clone with Python 3.11 and make alone: each target makes what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+EXTRAS := hf,diffusion,graph,dev
+
+.PHONY: help venv run test lint types tests verify tables clean
+
+help:  ## show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+
+venv: $(READY)  ## create the environment in .venv, with pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	@echo "creating the environment in .venv (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $(READY)
+
+run: $(READY)  ## the main job on the embedded digits, a tour through the other systems, and a report
+	@$(BIN)/still tour
+
+test: lint types tests  ## lint, types, floors, tests
+
+lint: $(READY)
+	@echo "lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports
+
+types: $(READY)
+	@echo "types"
+	@$(BIN)/mypy
+
+tests: $(READY)
+	@echo "tests (two workers)"
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
+
+verify: $(READY)  ## measure every claim over seeds 0 to 4, all arms (long; it goes on where it was)
+	@$(BIN)/still verify --all --full
+
+tables: $(READY)  ## write the tables of README.md anew from results/
+	@$(BIN)/python -m stillhouse.report.tables README.md
+
+clean:  ## remove the environment, caches of the tools and runs
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,93 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stillhouse import catalog, verify
+
+EXPERIMENT = '''
+"""A system for this test."""
+import torch
+from stillhouse.evaluate.claims import Claim
+NUMBER = 41
+CLAIMS = [Claim("b is larger", lambda a: a["b"]["x"] - a["a"]["x"]),
+          Claim("the crashing arm is fine", lambda a: a["crash"]["x"])]
+EMBEDDED = None
+def experiment(run):
+    def arm(plus):
+        for k in run.loop("x", steps=STEPS):
+            import time; time.sleep(PAUSE)
+        return {"x": torch.rand(()).item() + plus}
+    def crash():
+        raise ValueError("no luck")
+    return run.arms({"a": lambda: arm(0.0), "b": lambda: arm(1.0), "crash": crash}, extended={"c": lambda: arm(2.0)})
+'''
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """`ssld` replaced by a quick system, in this process and in workers."""
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    package = tmp_path / "stand_in"
+    package.mkdir()
+
+    def write(steps=3, pause=0.0):
+        (package / "quick.py").write_text(EXPERIMENT.replace("STEPS", str(steps)).replace("PAUSE", str(pause)))
+        (package / "sitecustomize.py").write_text(
+            "import sys\nif sys.argv[:1] and '-m' in sys.orig_argv and 'stillhouse.verify' in sys.orig_argv:\n"
+            "    import stillhouse.catalog as c, importlib\n"
+            "    c.load = lambda slug: importlib.import_module('quick')\n")
+        monkeypatch.setenv("PYTHONPATH", str(package))
+        monkeypatch.syspath_prepend(str(package))
+        sys.modules.pop("quick", None)
+        import importlib
+
+        monkeypatch.setattr(catalog, "load", lambda slug: importlib.import_module("quick"))
+    return write
+
+
+def test_an_outcome_has_arms_claims_and_versions_and_is_kept(system, tmp_path):
+    system()
+    out = tmp_path / "results"
+    (outcome,) = verify.verify(["ssld"], [0, 1, 2], False, out)
+    saved = json.loads((out / "ssld.json").read_text())
+    assert saved == {**json.loads(json.dumps(outcome)), "runs": 1}
+    assert saved["seeds"] == [0, 1, 2] and len(saved["arms"]["a"]["x"]) == 3 and "c" not in saved["arms"]
+    assert [c["verdict"] for c in saved["claims"]] == ["holds", "fails"] and saved["verdict"] == "fails"
+    assert all(abs(s - 1) < 1e-6 for s in saved["claims"][0]["slack"]), "the arms of a seed are paired"
+    assert len(set(saved["arms"]["a"]["x"])) == 3 and saved["hash"] == catalog.find("ssld").hash
+    assert saved["crashed"]["seed 0, crash"] == "ValueError: no luck" and "torch" in saved["versions"]
+
+    (full,) = verify.verify(["ssld"], [0, 1, 2], True, out)
+    assert full["arms"]["a"] == outcome["arms"]["a"] and "c" in full["arms"]
+    verify.verify(["ssld"], [0, 1, 2], False, out)
+    kept = json.loads((out / "ssld.json").read_text())
+    assert kept["full"] and kept["runs"] == 2
+
+
+def test_an_interrupted_verification_goes_on(system, tmp_path):
+    system(steps=60, pause=0.05)
+    code = ("import sys; sys.argv=['x']; import importlib, stillhouse.catalog as c; "
+            "c.load = lambda slug: importlib.import_module('quick'); from stillhouse.verify import verify; "
+            "verify(['ssld'], [0], False)")
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    folder = tmp_path / "cache" / "verify" / f"ssld-{catalog.find('ssld').hash}" / "seed-0"
+    finished = folder / "stages" / "arm a" / "metrics.json"
+    for _ in range(600):
+        if finished.exists():
+            break
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    child.wait(30)
+    assert finished.exists() and not (folder / "core.json").exists()
+    written = finished.stat().st_mtime_ns
+    (outcome,) = verify.verify(["ssld"], [0], False)
+    assert finished.stat().st_mtime_ns == written and set(outcome["arms"]) == {"a", "b", "crash"}
+
+
+def test_numbers_that_are_not_finite_stay_readable():
+    assert verify._numbers({"a": {"x": None}})["a"]["x"] != 0
+    assert verify._json(float("nan")) is None
