@@ -375,7 +375,7 @@ class Run:
         self._stages.append(stage)
         self._saved_at = began = time.monotonic()
         bar = tqdm(total=stage.steps, initial=start, desc=stage.name, leave=False, mininterval=0.5,
-                   disable=self.quiet or not outer or stage.steps < 2)
+                   disable=True if self.quiet or not outer or stage.steps < 2 else None)
         try:
             for k, (content, total) in enumerate(self._batches(stage, data, batch, orders, start), start=start):
                 if k >= stage.steps:
@@ -514,7 +514,7 @@ class Run:
 
     def track(self, iterable: Iterable[Any], name: str, total: int | None = None) -> Iterator[Any]:
         """Go through `iterable` with a progress bar."""
-        return iter(tqdm(iterable, desc=name, total=total, leave=False, disable=self.quiet))
+        return iter(tqdm(iterable, desc=name, total=total, leave=False, disable=self.quiet or None))
 
     # ---------------------------------------------------------------- where we are
 

@@ -1,0 +1,185 @@
+"""What `make run` shows: the main job on the embedded digits, then each other system at its smallest useful setting."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stillhouse import catalog
+from stillhouse.errors import MissingExtraError
+from stillhouse.store import write_text
+
+Rows = list[tuple[str, str]]
+
+
+def tour(out: Path, seed: int = 0, quiet: bool = False) -> Path:
+    """Run everything into `out` (what is finished there is not run again) and write the report; its path."""
+    from stillhouse.report import write_report
+
+    console, start = Console(), time.monotonic()
+    console.print("[bold]Main job[/] (ssld): a trained digits classifier becomes a small one, from unlabelled digits")
+    _main_job(out / "ssld", seed, quiet, console)
+    stops = [slug for slug in STOPS if catalog.find(slug).built]
+    rows: list[list[str]] = []
+    for number, slug in enumerate(stops, start=1):
+        console.print(f"\n[bold]{number}/{len(stops)} {slug}[/]: {catalog.find(slug).moves}")
+        try:
+            module = catalog.load(slug)
+        except MissingExtraError as error:
+            console.print(f"  skipped: {error}", markup=False)
+            continue
+        from stillhouse.run import Run
+
+        with Run.open(out / slug, system=slug, seed=seed, quiet=quiet, resume=None) as run:
+            for what, value in STOPS[slug](run, module):
+                console.print(f"  {what}: [bold]{value}[/]")
+                rows.append([slug, what, value])
+    _summarise(out / "tour", "A tour through the other systems, at their smallest useful setting",
+               ["system", "measured", "value"], rows)
+    page = write_report(out, out / "report.html")
+    console.print(f"\nDone in {time.monotonic() - start:.0f} s. Report: {page.resolve()}\nThree commands to try next:\n"
+                  "  .venv/bin/still show ssld\n  .venv/bin/still list --built\n"
+                  "  .venv/bin/still run ssld --teacher module:callable --student module:callable --data FOLDER",
+                  highlight=False, markup=False)
+    return page
+
+
+def _main_job(out: Path, seed: int, quiet: bool, console: Console) -> None:
+    from stillhouse.run import Run
+    from stillhouse.systems.compression import ssld
+
+    with Run.open(out, system="ssld", seed=seed, quiet=quiet, resume=None) as run:
+        arms = ssld.main_job(run)
+    teacher = arms["teacher"]
+    columns = ["network", "test accuracy", "parameters", "smaller by", "latency"]
+    rows = [[name, f"{a['accuracy']:.1%}", f"{a['parameters']:,.0f}",
+             f"{teacher['parameters'] / a['parameters']:.0f}x", f"{a['latency_ms']:.2f} ms"]
+            for name, a in arms.items()]
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    _summarise(out, "The main job: a small classifier from a big one and unlabelled digits", columns, rows)
+
+
+def _summarise(folder: Path, title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """What the report shows at its top."""
+    write_text(folder / "summary.json", json.dumps({"title": title, "text": "", "columns": columns, "rows": rows}))
+
+
+def _dmd2(run: Any, dmd2: Any) -> Rows:
+    from stillhouse.data.densities import gauss2d, ring
+    from stillhouse.diffusion.denoise import NetworkDenoiser
+    from stillhouse.diffusion.process import VE
+    from stillhouse.evaluate.distances import energy_distance, modes_hit
+    from stillhouse.models.denoisers import MLPDenoiser
+    from stillhouse.zoo.denoisers import gauss2d_teacher
+
+    centres, process = ring(8), VE(0.05, 5.0, rho=0)
+    data: Any = gauss2d(10_000, centres, 0.15, seed=run.seed)
+
+    def network() -> NetworkDenoiser:
+        return NetworkDenoiser(MLPDenoiser((2,), 64, 3), process, "edm", sigma_data=1.4)
+
+    config = replace(dmd2.EMBEDDED, steps=1000, fit=800, fake_lr=1e-3)
+    sampler = dmd2.distill(gauss2d_teacher(process, centres, 0.15), network(), data, None, network, config, run)
+    x = sampler(run.randn(2000, 2)).detach()
+    _scatter(run, "data and one-step samples", data.x[:2000], x)
+    return [("energy distance to the data in one step", f"{energy_distance(x, data.x[:5000]):.4f}"),
+            ("modes hit, of 8", f"{modes_hit(x, centres, 0.45):.0f}")]
+
+
+def _progressive(run: Any, pd: Any) -> Rows:
+    from stillhouse.data.densities import gauss2d, ring
+    from stillhouse.diffusion.denoise import NetworkDenoiser
+    from stillhouse.diffusion.grids import uniform
+    from stillhouse.diffusion.process import VPCosine
+    from stillhouse.diffusion.samplers import FewStepSampler
+    from stillhouse.evaluate.distances import energy_distance
+    from stillhouse.models.denoisers import MLPDenoiser
+    from stillhouse.zoo.denoisers import gauss2d_teacher
+
+    process = VPCosine()
+    data: Any = gauss2d(10_000, ring(8), 0.08, seed=run.seed)
+    teacher = gauss2d_teacher(process, ring(8), 0.08)
+    student = NetworkDenoiser(MLPDenoiser((2,), 128, 3), process, "v")
+    config = replace(pd.EMBEDDED, start=16, steps=300, fit=4.0)
+    ladder = pd.distill(teacher, student, data, config, run)
+    z = run.randn(2000, 2)
+    few, plain = ladder[2](z).detach(), FewStepSampler(teacher, uniform(2))(z)
+    _scatter(run, "data and two-step samples", data.x[:2000], few)
+    return [("energy distance to the data, 2 steps of DDIM", f"{energy_distance(plain, data.x[:5000]):.4f}"),
+            ("the same, 2 steps distilled", f"{energy_distance(few, data.x[:5000]):.4f}")]
+
+
+def _mtt(run: Any, mtt: Any) -> Rows:
+    from stillhouse.data.coresets import random_per_class
+    from stillhouse.data.digits import digits
+    from stillhouse.zoo.experts import digits_network
+
+    network, train, test = digits_network(), digits(8, "train"), digits(8, "test")
+    config = replace(mtt.EMBEDDED, steps=60, experts=3, epochs=12)
+    distilled = mtt.distill(network, train, config=config, run=run)
+    real = train.select(random_per_class(train.label, 1))
+    plain = mtt.DistilledSet(real.image, real.label, mtt.REAL_LR)
+    return [(f"accuracy after training on {what}", f"{mtt.evaluate(d, network, test, config, run)['accuracy']:.1%}")
+            for what, d in (("10 real digits", plain), ("10 distilled digits", distilled))]
+
+
+def _distillm(run: Any, distillm: Any) -> Rows:
+    from stillhouse.data.grammar import grammar
+    from stillhouse.evaluate.text import judge_grammar
+    from stillhouse.zoo.language import RECIPE, grammar_model, grammar_teacher
+
+    teacher = grammar_teacher({**RECIPE, "steps": 400, "width": 48, "layers": 2, "pairs": 5000})
+    student = grammar_model(32, 1, 2)
+    config = replace(distillm.EMBEDDED, steps=150, fine_tuning=0.5)
+    distillm.distill(teacher, student, grammar("train", 400, seed=run.seed), grammar("validation", 50, seed=run.seed),
+                     config=config, run=run)
+    with run.aside("judge", student, teacher):
+        judged = judge_grammar(student, teacher, grammar("test", 200, seed=run.seed))
+    return [(f"{name.replace('_', ' ')} of the student's answers", f"{value:.3g}")
+            for name, value in list(judged.items())[:3]]
+
+
+def _mirage(run: Any, mirage: Any) -> Rows:
+    return mirage.demo(run)
+
+
+def _fedx(run: Any, fedx: Any) -> Rows:
+    from stillhouse.data.digits import digits
+    from stillhouse.data.partition import dirichlet_partition
+    from stillhouse.evaluate.probes import extract, linear_probe
+    from stillhouse.models.convnets import ConvEncoder
+
+    train, test = digits(16, "train"), digits(16, "test")
+    clients: Any = [train.select(part).without("label") for part in dirichlet_partition(train.label, 3, 0.3, seed=0)]
+    model = fedx.distill(lambda: ConvEncoder(), clients, config=replace(fedx.EMBEDDED, rounds=2, epochs=1), run=run)
+    with run.aside("probe", model):
+        a, b = extract(model.encode, train), extract(model.encode, test)
+    return [("linear probe after 2 rounds of 3 clients", f"{linear_probe(*a, *b):.1%}")]
+
+
+def _scatter(run: Any, name: str, data: Any, samples: Any) -> None:
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(4, 4))
+    axes = figure.subplots()
+    axes.scatter(*data.T, s=2, alpha=0.3, label="data")
+    axes.scatter(*samples.T, s=2, alpha=0.5, label="samples")
+    axes.set_aspect("equal")
+    axes.legend(markerscale=4, loc="center", frameon=False)
+    run.picture(name, figure)
+
+
+STOPS: dict[str, Callable[[Any, Any], Rows]] = {
+    "dmd2": _dmd2, "progressive-distillation": _progressive, "mtt": _mtt, "distillm": _distillm, "mirage": _mirage,
+    "fedx": _fedx,
+}
