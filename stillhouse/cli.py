@@ -254,6 +254,8 @@ def _parse(system: catalog.System, module: Any, roles: dict[str, inspect.Paramet
         "preset": option(str, chosen, f"where the settings start from: {' or '.join(presets)}"),
         "arch": option(str | None, None, "module:callable that builds the network for .safetensors weights"),
         "size": option(int | None, None, "side length to which pictures of a folder are resized"),
+        "limit_broken": option(float, 0.0, "part of the files or lines of a data set that may be unreadable"),
+        "tokenizer": option(str | None, None, "folder of a tokenizer; default: that of the first model given as hf:"),
         "out": option(str | None, None, "folder of the run; default: a new one under runs/"),
         "resume": option(str | None, None, "folder of an interrupted run to go on with"),
         "seed": option(int, 0, "seed of everything random"),
@@ -294,11 +296,28 @@ def _resolve(module: Any, roles: dict[str, inspect.Parameter], given: dict[str, 
         kind = next((k for k in inner if _is_data(k) or k in protocols.PROBES or k == protocols.Network), inner[0])
         texts = text.split(",") if several else [text]
         if _is_data(kind):
-            values = [read_data(t, kind, size=options.size) for t in texts]
+            tokenizer = _tokenizer(given, options) if kind is protocols.TokenPairs else None
+            values = [read_data(t, kind, size=options.size, limit_broken=options.limit_broken, tokenizer=tokenizer)
+                      for t in texts]
         else:
-            values = [resolve_model(t, kind, arch=options.arch, zoo=MODELS) for t in texts]
+            values = [resolve_model(t, kind, arch=options.arch, zoo=MODELS, seed=options.seed) for t in texts]
         resolved[name] = values if several else values[0]
     return resolved
+
+
+def _tokenizer(given: dict[str, str], options: Any) -> Any:
+    """The tokenizer named by --tokenizer, or that of the first model given as hf:…; None if there is neither."""
+    named = [options.tokenizer] if options.tokenizer else [
+        text.removeprefix("hf:") for text in given.values() if text.startswith("hf:")]
+    if not named:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(named[0], local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RoleError(f"there is no tokenizer in {named[0]} ({str(error).splitlines()[0]}); give --tokenizer FOLDER"
+                        ) from error
 
 
 def _is_data(kind: Any) -> bool:
