@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,7 +44,9 @@ class Process:
     def alpha(self, t: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
         """Scale of the signal at time t."""
         c = self.clock(t)
-        return {"vp": torch.cos, "ve": torch.ones_like, "flow": lambda c: 1 - c}[self.path](c)
+        if self.path == "vp":
+            return torch.cos(c)
+        return torch.ones_like(c) if self.path == "ve" else 1 - c
 
     def sigma(self, t: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
         """Standard deviation of the noise at time t."""
@@ -59,7 +62,11 @@ class Process:
 
     def log_snr(self, t: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
         """log(alpha_t^2 / sigma_t^2); infinite where alpha or sigma is 0."""
-        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+        return 2 * (self.alpha(t).abs().log() - self.sigma(t).log())
+
+    def snr(self, t: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
+        """alpha_t^2 / sigma_t^2."""
+        return (self.alpha(t) / self.sigma(t)) ** 2
 
     def time_of_log_snr(self, log_snr: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
         """The time at which the process has this log SNR."""
@@ -133,8 +140,8 @@ class VPTable(Process):
 
     def __post_init__(self):
         table = self.alphas_cumprod
-        require(len(table) > 1 and all(0 <= v <= 1 for v in table) and all(a > b for a, b in zip(table, table[1:],
-                strict=False)), "alphas_cumprod must be two or more numbers in [0, 1] that decrease")
+        falls = len(table) > 1 and all(0 <= v <= 1 for v in table) and all(a > b for a, b in pairwise(table))
+        require(falls, "alphas_cumprod must be two or more numbers in [0, 1] that decrease")
         object.__setattr__(self, "alphas_cumprod", tuple(float(v) for v in table))
 
     @property
@@ -236,7 +243,7 @@ def ddpm_linear(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float
 
 def process_of(spec: dict[str, Any]) -> Process:
     """The process described by `Process.spec`. Raises ConfigError where the kind is unknown."""
-    kinds = {kind.__name__: kind for kind in (VPCosine, VPTable, VE, Flow, TrigFlow)}
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (VPCosine, VPTable, VE, Flow, TrigFlow)}
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in spec.items() if name != "kind"}
     if spec.get("kind") not in kinds:
         raise ConfigError(f"unknown process {spec.get('kind')!r}; known are {', '.join(kinds)}")

@@ -1,0 +1,145 @@
+"""Networks of the library `diffusers` as Denoisers, and few-step samplers written back for its pipelines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stillhouse.diffusion.convert import Parameterisation
+from stillhouse.diffusion.denoise import NetworkDenoiser
+from stillhouse.diffusion.grids import trailing
+from stillhouse.diffusion.process import Flow, Process, VPTable
+from stillhouse.diffusion.samplers import FewStepSampler
+from stillhouse.errors import RoleError, StoreError
+from stillhouse.store import write_text
+
+PREDICTIONS: dict[str, Parameterisation] = {
+    "epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+
+
+class DiffusersNetwork(nn.Module):
+    """A UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel called as network(x_t, t, condition).
+
+    The condition is class labels (UNet2DModel, DiT), text embeddings [batch, tokens, width] (UNet2DConditionModel), or
+    for SDXL the flat tensor of `pack_sdxl`. A learned variance (twice the channels, as in DiT) is dropped.
+    """
+
+    def __init__(self, model: nn.Module, process: Process, timesteps: int):
+        super().__init__()
+        self.model = model
+        self.process = process
+        self.timesteps = timesteps
+
+    def forward(
+        self, x_t: Float[Tensor, "batch ..."], t: Float[Tensor, " batch"], condition: Tensor | None = None
+    ) -> Float[Tensor, "batch ..."]:
+        timestep = self.process.timestep(t) if isinstance(self.process, VPTable) else t * self.timesteps
+        match type(self.model).__name__:
+            case "UNet2DConditionModel":
+                given: dict[str, Any] = _text_condition(self.model, condition)
+            case _:
+                given = {"class_labels": condition}
+        return self.model(x_t, timestep, **given, return_dict=False)[0][:, : x_t.shape[1]]
+
+
+def from_diffusers(
+    model: Any,
+    scheduler: Any,
+    null_condition: Tensor | None = None,
+    quantise: bool = True,
+) -> NetworkDenoiser:
+    """A `diffusers` network and the scheduler it was trained with, as a Denoiser.
+
+    prediction_type epsilon, sample, v_prediction and flow_prediction are understood, and flow-matching schedulers.
+    `quantise` moves times to the scheduler's integer timesteps. The null condition of a DiT is its extra class; give
+    that of other networks (for text the embedding of the empty prompt, for SDXL zeros). `features` reads the
+    mid_block, of a DiT the middle block. A DiT drops labels at random in train mode: distil it in eval mode.
+
+    Raises RoleError on a scheduler or prediction type that is not understood.
+    """
+    config = scheduler.config
+    if "FlowMatch" in type(scheduler).__name__:
+        process: Process = Flow()
+        prediction = "flow_prediction"
+    elif getattr(scheduler, "alphas_cumprod", None) is not None:
+        process = VPTable(tuple(scheduler.alphas_cumprod.double().tolist()), quantise)
+        prediction = config.get("prediction_type", "epsilon")
+    else:
+        raise RoleError(f"{type(scheduler).__name__} has no alphas_cumprod and is not a flow-matching scheduler; give "
+                        "the DDPM, DDIM or FlowMatch scheduler that the network was trained with")
+    if prediction not in PREDICTIONS:
+        raise RoleError(f"prediction_type {prediction!r} is not understood; known are {', '.join(PREDICTIONS)}")
+    if null_condition is None and type(model).__name__ == "DiTTransformer2DModel":
+        null_condition = torch.tensor(int(model.config.num_embeds_ada_norm))
+    return NetworkDenoiser(
+        DiffusersNetwork(model, process, config.num_train_timesteps), process, PREDICTIONS[prediction],
+        scale_input=False, null_condition=null_condition, bottleneck=_bottleneck(model))
+
+
+def pack_sdxl(
+    tokens: Float[Tensor, "batch tokens width"],
+    pooled: Float[Tensor, "batch pooled"],
+    time_ids: Float[Tensor, "batch 6"],
+) -> Float[Tensor, "batch packed"]:
+    """SDXL's three conditions as one flat tensor per sample."""
+    return torch.cat([tokens.flatten(1), pooled, time_ids], 1)
+
+
+def save_pretrained(sampler: FewStepSampler, folder: Path | str) -> Path:
+    """Write a sampler for `diffusers`: the network in `network`, its scheduler in `scheduler`, and `timesteps.json`.
+
+    Mode "ddim" becomes a DDIMScheduler with trailing spacing, which needs the uniform times of that many steps; mode
+    "renoise" an LCMScheduler, to be called with the listed timesteps. A clipping sampler needs the DDIM pipeline's
+    use_clipped_model_output=True. Raises StoreError on other samplers.
+    """
+    from diffusers import DDIMScheduler, LCMScheduler
+
+    denoiser, folder = sampler.denoiser, Path(folder)
+    if not (isinstance(denoiser, NetworkDenoiser) and isinstance(denoiser.network, DiffusersNetwork)
+            and isinstance(denoiser.process, VPTable)):
+        raise StoreError("only a sampler of a diffusers network on a discrete schedule can be written for diffusers; "
+                         "sampler.save(folder) writes any")
+    total = denoiser.process.timesteps
+    timesteps = [round(t * total) - 1 for t in sampler.times[:-1]]
+    if sampler.mode == "ddim" and timesteps != [round(t * total) - 1 for t in trailing(sampler.steps, total)[:-1]]:
+        raise StoreError(f"a DDIMScheduler takes {sampler.steps} steps at the trailing timesteps only, not {timesteps}")
+    table = torch.tensor((1.0, *denoiser.process.alphas_cumprod), dtype=torch.float64)
+    shared: dict[str, Any] = {
+        "num_train_timesteps": total,
+        "trained_betas": (1 - table[1:] / table[:-1]).tolist(),
+        "prediction_type": {v: k for k, v in PREDICTIONS.items()}[denoiser.parameterisation],
+        "clip_sample": sampler.clip is not None,
+        "clip_sample_range": sampler.clip or 1.0,
+    }
+    if sampler.mode == "ddim":
+        scheduler: Any = DDIMScheduler(**shared, timestep_spacing="trailing", set_alpha_to_one=True)
+    else:
+        scheduler = LCMScheduler(**shared, original_inference_steps=total)
+    model: Any = denoiser.network.model
+    model.save_pretrained(folder / "network")
+    scheduler.save_pretrained(folder / "scheduler")
+    write_text(folder / "timesteps.json", json.dumps(timesteps))
+    return folder
+
+
+def _text_condition(model: Any, condition: Tensor | None) -> dict[str, Any]:
+    if condition is None:
+        raise RoleError("a UNet2DConditionModel needs text embeddings as its condition, got None")
+    if model.config.addition_embed_type != "text_time":
+        return {"encoder_hidden_states": condition}
+    pooled = model.config.projection_class_embeddings_input_dim - 6 * model.config.addition_time_embed_dim
+    tokens, text, ids = condition.split([condition.shape[1] - pooled - 6, pooled, 6], 1)
+    tokens = tokens.reshape(len(tokens), -1, model.config.cross_attention_dim)
+    return {"encoder_hidden_states": tokens, "added_cond_kwargs": {"text_embeds": text, "time_ids": ids}}
+
+
+def _bottleneck(model: Any) -> str | None:
+    if getattr(model, "mid_block", None) is not None:
+        return "model.mid_block"
+    blocks = getattr(model, "transformer_blocks", None)
+    return f"model.transformer_blocks.{len(blocks) // 2}" if blocks else None

@@ -1,0 +1,46 @@
+"""What dataset distillation matches: parts of training trajectories, and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from stillhouse.errors import ConfigError, require
+
+
+def trajectory_distance(
+    reached: Float[Tensor, " parameters"],
+    start: Float[Tensor, " parameters"],
+    target: Float[Tensor, " parameters"],
+    normalised: bool = True,
+) -> Float[Tensor, ""]:
+    """||theta_N - theta*_{t+M}||^2 / ||theta*_t - theta*_{t+M}||^2 (Cazenavette et al. 2022, equation 2).
+
+    `reached` is theta_N, `start` theta*_t, `target` theta*_{t+M}. Without `normalised` only the numerator.
+    The result is not finite where start and target are equal.
+    """
+    distance = (reached - target).square().sum()
+    return distance / (start - target).square().sum() if normalised else distance
+
+
+def gradient_distance(
+    synthetic: Sequence[Tensor], real: Sequence[Tensor], form: str = "cosine"
+) -> Float[Tensor, ""]:
+    """Distance of two lists of gradients, one tensor per parameter, summed over the layers.
+
+    "cosine": sum over the output units of a layer of 1 - cos(their incoming weights' gradients); one-dimensional
+    parameters (biases, scales) are left out (Zhao, Mopuri and Bilen 2021, equation 10 and its released form).
+    "squared": the sum of squared differences over all parameters.
+    """
+    require(form in ("cosine", "squared"), f"form is 'cosine' or 'squared', not '{form}'", ConfigError)
+    pairs = list(zip(synthetic, real, strict=True))
+    if form == "squared":
+        return torch.stack([(s - r).square().sum() for s, r in pairs]).sum()
+    units = [(s.flatten(1), r.flatten(1)) for s, r in pairs if s.dim() > 1]
+    require(bool(units), "cosine matching needs a parameter with at least two dimensions; use form='squared'",
+            ConfigError)
+    return torch.stack([(1 - F.cosine_similarity(s, r, dim=1, eps=1e-6)).sum() for s, r in units]).sum()

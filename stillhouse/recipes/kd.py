@@ -1,0 +1,64 @@
+"""Knowledge distillation as it began (Hinton et al. 2015): hard labels and the teacher's softened probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stillhouse.errors import require
+from stillhouse.measures.divergences import kl
+from stillhouse.protocols import Classifier, LabelledImages
+from stillhouse.recipes.supervised import View, check_training, optimizer_for
+from stillhouse.run import Run, begin, frozen, set_lr
+from stillhouse.run.check import first_batch
+from stillhouse.run.schedules import warmup_cosine
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1000  # optimiser steps
+    batch: int = 64  # pictures a step
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum 0.9, or AdamW
+    lr: float = 0.1  # peak learning rate; a cosine to 0
+    warmup: float = 0.05  # part of the steps in which the learning rate rises
+    weight_decay: float = 5e-4  # lambda
+    temperature: float = 4.0  # T
+    alpha: float = 0.9  # weight of the teacher's term; the labels have 1 - alpha
+
+    def __post_init__(self) -> None:
+        check_training(self.steps, self.batch, self.lr, self.warmup, self.weight_decay)
+        require(0 <= self.alpha <= 1, f"alpha must lie in [0, 1], not {self.alpha}")
+        require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}")
+
+
+def distill(
+    teacher: Classifier,
+    student: Classifier,
+    labelled: LabelledImages,
+    config: Config = Config(),
+    run: Run | None = None,
+    view: View | None = None,
+) -> nn.Module:
+    """L = (1 - alpha) CE(y, z_s) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T)), both on the same view."""
+    run = begin(run)
+    run.check(Classifier, labelled, teacher=teacher, student=student)
+    first_batch(labelled, ("image", "label"))
+    assert isinstance(student, nn.Module)
+    optimizer = optimizer_for(student.parameters(), config.optimizer, config.lr, config.weight_decay)
+    student.train()
+    with frozen(teacher):
+        for batch in run.loop("kd", labelled, batch=config.batch, steps=config.steps, student=student,
+                              drop_last=len(labelled) >= config.batch, optimizer=optimizer):
+            set_lr(optimizer, config.lr * warmup_cosine(run.progress, config.warmup))
+            x = view(batch["image"]) if view else batch["image"]
+            with torch.no_grad():
+                target = teacher(x)
+            logits = student(x)
+            ce = F.cross_entropy(logits, batch["label"])
+            run.update(optimizer, ce=(1 - config.alpha) * ce,
+                       kd=config.alpha * kl(target, logits, config.temperature))
+    return student
