@@ -321,7 +321,9 @@ def _tokenizer(given: dict[str, str], options: Any) -> Any:
 
 
 def _is_data(kind: Any) -> bool:
-    return hasattr(kind, "fields")
+    from stillhouse.protocols import OFFERS
+
+    return kind in OFFERS
 
 
 def _move(kwargs: dict[str, Any], device: Any) -> None:

@@ -7,7 +7,7 @@ real batch through each role before any work starts. `PROBES` says how that batc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -100,9 +100,7 @@ Network = Callable[[], nn.Module]
 
 
 class DataSet(Protocol):
-    """A map-style set of dicts. `fields` names what an item has beside `index`."""
-
-    fields: ClassVar[tuple[str, ...]] = ()
+    """A map-style set of dicts; `OFFERS` says which fields each kind of set has beside `index`."""
 
     def __len__(self) -> int: ...
 
@@ -112,37 +110,36 @@ class DataSet(Protocol):
 class Images(DataSet, Protocol):
     """Pictures; labels, if present, are not read."""
 
-    fields = ("image",)
-
 
 class LabelledImages(DataSet, Protocol):
     """Pictures with labels."""
-
-    fields = ("image", "label")
 
 
 class Samples(DataSet, Protocol):
     """Samples of a density, with `condition` where the model is conditional."""
 
-    fields = ("x",)
-
 
 class Conditions(DataSet, Protocol):
     """Conditions without samples."""
-
-    fields = ("condition",)
 
 
 class TokenPairs(DataSet, Protocol):
     """Prompt and response in one sequence; `target_mask` is 1 on the response."""
 
-    fields = ("input_ids", "attention_mask", "target_mask")
-
 
 class Graphs(DataSet, Protocol):
     """Graphs with discrete node labels and a class."""
 
-    fields = ("graph", "label")
+
+OFFERS: dict[Any, tuple[str, ...]] = {
+    Images: ("image",),
+    LabelledImages: ("image", "label"),
+    Samples: ("x",),
+    Conditions: ("condition",),
+    TokenPairs: ("input_ids", "attention_mask", "target_mask"),
+    Graphs: ("graph", "label"),
+}
+"""Which fields the items of each kind of data set must have."""
 
 
 def _probe_image(model: Any, batch: Mapping[str, Any]) -> Tensor:

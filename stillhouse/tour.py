@@ -172,8 +172,8 @@ def _scatter(run: Any, name: str, data: Any, samples: Any) -> None:
 
     figure = matplotlib.figure.Figure(figsize=(4, 4))
     axes = figure.subplots()
-    axes.scatter(*data.T, s=2, alpha=0.3, label="data")
-    axes.scatter(*samples.T, s=2, alpha=0.5, label="samples")
+    axes.scatter(data[:, 0], data[:, 1], s=2, alpha=0.3, label="data")
+    axes.scatter(samples[:, 0], samples[:, 1], s=2, alpha=0.5, label="samples")
     axes.set_aspect("equal")
     axes.legend(markerscale=4, loc="center", frameon=False)
     run.picture(name, figure)

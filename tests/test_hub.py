@@ -239,8 +239,8 @@ def hf():
 def vision(name, **options):
     t = hf()
     torch.manual_seed(0)
-    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16,
-                 patch_size=8)
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+             "image_size": 16, "patch_size": 8}
     config = {
         "vit": lambda: t.ViTConfig(**small, **options),
         "dinov2": lambda: t.Dinov2Config(**small, **options),
@@ -307,7 +307,7 @@ def test_models_of_transformers_built_in_python(user):
                                   "num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16, "
                                   "patch_size=8))\n"
                                   "def body():\n    return vit().vit\n"
-                                  "def text():\n    return t.GPT2LMHeadModel(t.GPT2Config(8, 8, 8, 1, 2))\n")
+                                  "def text():\n    return t.GPT2LMHeadModel(t.GPT2Config(n_embd=8, n_layer=1, n_head=2))\n")
     hf()
     assert resolve_model("mine:vit", Classifier)(torch.zeros(2, 1, 8, 8)).shape == (2, 2)
     assert resolve_model("mine:body", Encoder)(torch.zeros(2, 1, 8, 8)).shape == (2, 8)
@@ -335,7 +335,8 @@ def test_language_models(tmp_path):
         loaded = resolve_model(f"hf:{tmp_path}", kind)
         assert loaded.dtype == torch.float32
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
-    for kind, says in ((Classifier, "no model of pictures"), (Denoiser, "diffusers:FOLDER"), (GraphModel, "GraphModel")):
+    for kind, says in ((Classifier, "no model of pictures"), (Denoiser, "diffusers:FOLDER"),
+                       (GraphModel, "GraphModel")):
         with pytest.raises(RoleError, match=says):
             resolve_model(f"hf:{tmp_path}", kind)
     with pytest.raises(RoleError, match=f"saved by transformers; write hf:{tmp_path}"):

@@ -47,7 +47,7 @@ class GraphSet(TensorSet):
             require(edges.dim() == 2 and len(edges) == 2 and edges.shape[1] == len(kinds),
                     f"graph {i}: edge_index must be [2, edges] with one edge_label each, got {tuple(edges.shape)} and "
                     f"{tuple(kinds.shape)}", DataError)
-            require(edges.numel() == 0 or (0 <= int(edges.min()) and int(edges.max()) < len(nodes)),
+            require(edges.numel() == 0 or (int(edges.min()) >= 0 and int(edges.max()) < len(nodes)),
                     f"graph {i} has {len(nodes)} nodes, but an edge to node {int(edges.max()) if edges.numel() else 0}",
                     DataError)
         self._graphs: dict[int, Any] = {}

@@ -28,7 +28,7 @@ from stillhouse.data.grammar import grammar
 from stillhouse.data.sets import TensorSet
 from stillhouse.data.text import pack_pairs, pack_plain
 from stillhouse.errors import ConfigError, DataError, UnknownNameError, require
-from stillhouse.protocols import Conditions, Samples, TokenPairs
+from stillhouse.protocols import OFFERS, Conditions, Samples, TokenPairs
 
 GRAPHS = "graphs.safetensors"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -129,7 +129,7 @@ def for_role(data: Any, role_kind: Any, name: str = "the data", conditional: boo
         data = _renamed(data, {old: new for old, new in renamed.items() if new not in data.fields})
     if role_kind is Conditions:
         data = _without_samples(data)
-    needed = tuple(getattr(role_kind, "fields", ()))
+    needed = OFFERS.get(role_kind, ())
     if role_kind is TokenPairs and {"prompt", "text"} & set(data.fields):
         return data
     absent = [field for field in needed if field not in data.fields]

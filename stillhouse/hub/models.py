@@ -124,7 +124,8 @@ def _callable(text: str) -> Callable[[], Any]:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(module)
+        with preserved():
+            found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             raise UnknownNameError(f"there is no module '{error.name}' (for '{text}'); it is looked for in {here} and "

@@ -168,7 +168,7 @@ def _pictures(hf: Any, model: Any, name: str | None) -> ImageModel:
 def _sides(size: Any) -> tuple[int, int] | None:
     """Height and width of a size in any of the forms that configurations use."""
     if isinstance(size, dict):
-        height = size.get("height", size.get("shortest_edge"))
+        height: Any = size.get("height", size.get("shortest_edge"))
         return None if height is None else (int(height), int(size.get("width", height)))
     if isinstance(size, list | tuple):
         return int(size[0]), int(size[-1])

@@ -16,7 +16,7 @@ from stillhouse.errors import DataError, require
 from stillhouse.evaluate.text import answer_all, language_loss
 from stillhouse.measures.language import next_token_loss
 from stillhouse.parts.best import Best
-from stillhouse.protocols import CausalLM, TokenPairs
+from stillhouse.protocols import OFFERS, CausalLM, TokenPairs
 from stillhouse.run import Run, begin, frozen, set_lr
 from stillhouse.run.check import first_batch
 from stillhouse.run.schedules import cosine
@@ -36,7 +36,7 @@ class FineTune:
 
 def check_pairs(role: str, data: TokenPairs) -> None:
     """Raise DataError unless `data` has the fields of TokenPairs and every one of its first sequences a target."""
-    batch = first_batch(data, TokenPairs.fields)
+    batch = first_batch(data, OFFERS[TokenPairs])
     require(bool((batch["target_mask"][:, 1:].sum(1) > 0).all()),
             f"{role}: a sequence has no target token after its first position (target_mask is 0), so there is nothing "
             "to learn from it", DataError)

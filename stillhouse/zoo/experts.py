@@ -16,11 +16,11 @@ def digits_network(width: int = 16) -> Network:
     return lambda: ConvNet(1, 10, width, depth=2, image_size=8)
 
 
-def digits_experts(count: int = 12, epochs: int = 20, lr: float = 0.05, width: int = 16,
+def digits_experts(count: int = 12, epochs: int = 40, lr: float = 0.1, width: int = 16,
                    strategy: str = DSA_DIGITS) -> Trajectories:
     """Trajectories of `count` such ConvNets on the 1,200 pictures of "train": plain SGD, batch 256, DSA.
 
-    About 92 % on "test" at the end of 20 epochs.
+    About 97 % on "test" at the end of 40 epochs.
     """
     recipe = {"what": "ConvNets on digits/train", "count": count, "epochs": epochs, "lr": lr, "width": width,
               "strategy": strategy, "version": 1}

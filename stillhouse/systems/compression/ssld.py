@@ -162,7 +162,8 @@ def normalised(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Te
 
 def tiny() -> dict[str, Any]:
     torch.manual_seed(0)
-    teacher, student = (nn.Sequential(nn.Conv2d(1, c, 3), nn.ReLU(), nn.Flatten(), nn.Linear(c * 36, 4)) for c in (4, 2))
+    teacher, student = (nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(width * 36, 4))
+                        for width in (4, 2))
     image = torch.rand(40, 1, 8, 8)
     return {"teacher": teacher, "student": student, "data": TensorSet(image=image[:12]),
             "unlabelled": TensorSet(image=image[4:34]), "validation": TensorSet(image=image[30:]),
