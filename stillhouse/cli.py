@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import textwrap
 import traceback
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [w for w in words if w != "--debug"]
     try:
         _dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
@@ -83,11 +87,11 @@ def list_systems(family: str | None = None, built: bool = False, json: bool = Fa
 
     table = Table(box=None, pad_edge=False)
     for name in ("no.", "slug", "family", "state", "claims", "title"):
-        table.add_column(name, no_wrap=name != "title")
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
     for s in chosen:
         state, verdict = ("[green]built[/]" if s.built else "[dim]planned[/]"), _coloured(s.verdict)
         table.add_row(f"{s.number:03d}", s.slug, s.family, state, verdict, f"{_plain(s.title)} ({s.year})")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=240)
     console.print(table)
     console.print(f"{len(chosen)} systems, {sum(s.built for s in chosen)} built. More on one: still show SLUG")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from stillhouse.evaluate.claims import judge, worst
 from stillhouse.store import cache_folder, write_text
 
 WORKERS = 2
+FLOORS = ("measures", "parts", "data", "models", "diffusion", "run", "evaluate", "recipes", "zoo")
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
            "TOKENIZERS_PARALLELISM": "false"}
 VERSIONED = ("stillhouse", "torch", "numpy", "scikit-learn", "scipy", "transformers", "diffusers", "torch_geometric")
@@ -38,6 +40,7 @@ class Job:
     seed: int
     full: bool
     folder: Path
+    hash: str = ""
 
     @property
     def outcome(self) -> Path:
@@ -48,9 +51,9 @@ def verify(slugs: Sequence[str], seeds: Sequence[int], full: bool, out: Path | N
            workers: int = WORKERS) -> list[dict[str, Any]]:
     """Run the embedded experiments of these systems and judge their claims.
 
-    Finished seeds are taken from the cache, started ones go on where they were; a changed source starts afresh. With
-    `out`, each outcome is written to `out/<slug>.json`, unless a full outcome of the same source is there already and
-    this one is not full. Raises UnknownNameError, MissingExtraError, or StillError where a worker failed as a whole.
+    Finished seeds are taken from the cache, started ones go on where they were; a changed source of the system or of
+    the floors below it starts afresh. With `out`, each outcome is written to `out/<slug>.json`, unless one of the same
+    source with more arms or seeds is there already. Raises UnknownNameError, MissingExtraError, or StillError where a worker failed as a whole.
     """
     require(len(seeds) >= 1, "give at least one seed")
     require(workers >= 1, f"workers must be 1 or more, not {workers}")
@@ -58,8 +61,8 @@ def verify(slugs: Sequence[str], seeds: Sequence[int], full: bool, out: Path | N
     for slug in slugs:
         system = catalog.find_built(slug)
         catalog.load(system.slug)
-        base = cache_folder() / "verify" / f"{system.slug}-{system.hash}"
-        jobs += [Job(system.slug, seed, full, base / f"seed-{seed}") for seed in seeds]
+        base = runs_folder(system)
+        jobs += [Job(system.slug, seed, full, base / f"seed-{seed}", system.hash) for seed in seeds]
     _work(jobs, workers)
     outcomes = []
     for slug in dict.fromkeys(job.slug for job in jobs):
@@ -68,6 +71,15 @@ def verify(slugs: Sequence[str], seeds: Sequence[int], full: bool, out: Path | N
         if out is not None:
             _keep(outcome, out / f"{slug}.json")
     return outcomes
+
+
+def runs_folder(system: catalog.System) -> Path:
+    """Where the runs of a system lie in the cache: another folder whenever its source or a floor's changes."""
+    h = hashlib.blake2b(system.hash.encode(), digest_size=8)
+    for floor in FLOORS:
+        for path in sorted((catalog.PACKAGE / floor).rglob("*.py")):
+            h.update(path.read_bytes())
+    return cache_folder() / "verify" / f"{system.slug}-{h.hexdigest()}"
 
 
 def summarise(slug: str, jobs: Sequence[Job]) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def summarise(slug: str, jobs: Sequence[Job]) -> dict[str, Any]:
                     for arm, text in e["crashed"].items()},
         "seconds": [round(e["seconds"], 1) for e in each],
         "versions": _versions(),
-        "hash": system.hash,
+        "hash": jobs[0].hash,
     }
 
 
@@ -147,7 +159,9 @@ def _keep(outcome: dict[str, Any], path: Path) -> None:
     runs = 0
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
-        if old["hash"] == outcome["hash"] and old["full"] and not outcome["full"]:
+        if old["hash"] == outcome["hash"] and (old["full"] > outcome["full"]
+                                               or len(old["seeds"]) > len(outcome["seeds"])):
+            print(f"{path} was left as it is: it holds more arms or seeds than this measurement", file=sys.stderr)
             return
         same = old["hash"] == outcome["hash"] and old["arms"] == outcome["arms"]
         runs = old.get("runs", 1) - same

@@ -90,6 +90,12 @@ def test_without_words_it_shows_help(capsys):
     assert "subcommands" in still(capsys)[1]
 
 
+def test_a_pipe_may_be_closed_early():
+    command = f"{sys.executable} -m stillhouse show ssld | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("041 ssld") and done.stderr == ""
+
+
 def test_version(capsys):
     assert still(capsys, "version")[1].strip() == "0.1.0"
 

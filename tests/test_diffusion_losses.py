@@ -46,6 +46,7 @@ def test_adversarial_losses_push_logits_the_right_way(kind):
         assert (gradient * sign > 0).all(), loss
 
 
+@pytest.mark.unchecked
 def test_adversarial_losses_are_their_formulas():
     logits = torch.tensor([-40.0, -0.3, 0.0, 2.0, 40.0], dtype=F64)
     assert torch.allclose(generator_loss(logits, reduction="none"), -torch.nn.functional.logsigmoid(logits))

@@ -223,8 +223,12 @@ def test_sampler_saves_and_loads_to_the_same_samples(tmp_path, mode):
         FewStepSampler.load(tmp_path / "nothing", nn.Linear(1, 1))
     with pytest.raises(StoreError, match="NetworkDenoiser"):
         FewStepSampler(normal(VPCosine())).save(tmp_path)
+
+
+@pytest.mark.unchecked
+def test_an_unknown_mode_is_named():
     with pytest.raises(ConfigError, match="mode"):
-        FewStepSampler(denoiser, mode="heun")
+        FewStepSampler(network(), mode="heun")
 
 
 def test_ladder_keeps_a_sampler_per_step_count(tmp_path):

@@ -40,6 +40,8 @@ class Noiser(nn.Module):
 single = net()
 def same():
     return single
+def around():
+    return nn.Sequential(single)
 """
 
 
@@ -69,6 +71,7 @@ def test_callable_with_options_is_a_function_of_text_and_seed(user):
 
 
 @pytest.mark.parametrize(("text", "error", "says"), [
+    ("", UnknownNameError, "no model was named"),
     ("mine:nett", UnknownNameError, "no 'nett'; near to it: net"),
     ("nowhere:net", UnknownNameError, "no module 'nowhere'"),
     ("needy:net", UnknownNameError, "needs 'a_library_that_is_not_there', which is not installed"),
@@ -91,8 +94,8 @@ def test_factory_for_the_network_role(user):
     make = resolve_model("mine:net:width=2", Network)
     first, second = make(), make()
     assert first is not second and not torch.equal(first[1].weight, second[1].weight)
-    for text, says in (("mine:same", "same module every time"), ("zoo:a", "factory"), ("w.safetensors", "factory"),
-                       ("mine:number", "not an nn.Module")):
+    for text, says in (("mine:around", "the same weights"), ("mine:same", "same module, or the same weights"),
+                       ("zoo:a", "factory"), ("w.safetensors", "factory"), ("mine:number", "not an nn.Module")):
         with pytest.raises(RoleError, match=says):
             resolve_model(text, Network, zoo={"a": nn.Identity})
 
@@ -265,7 +268,7 @@ def test_image_classifiers(tmp_path, name):
         torch.testing.assert_close(loaded(image), expected.logits)
         assert loaded.encode(image).dim() == 2
         encoder = resolve_model(f"hf:{tmp_path / 'm'}", Encoder).eval()
-        torch.testing.assert_close(encoder(image), encoder.encode(image))
+        torch.testing.assert_close(encoder(image), loaded.encode(image))
     grey = torch.rand(2, 1, 8, 8, requires_grad=True)
     assert loaded(grey).shape == (2, 5)
     loaded(grey).sum().backward()
@@ -281,6 +284,52 @@ def test_without_a_processor_pictures_stay_as_they_are(tmp_path):
     assert loaded(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
     with pytest.raises(RoleError, match="pictures of 3 channels were given to a model of 1"):
         loaded(torch.zeros(1, 3, 16, 16))
+
+
+def changed(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_model_that_would_be_partly_random_is_refused(tmp_path):
+    model = vision("vit", num_labels=3)
+    model.save_pretrained(tmp_path / "deeper")
+    changed(tmp_path / "deeper", num_hidden_layers=2)
+    with pytest.raises(RoleError, match=r"lack \d+ tensors of ViTForImageClassification \(vit.*random numbers"):
+        resolve_model(f"hf:{tmp_path / 'deeper'}", Classifier)
+    model.save_pretrained(tmp_path / "wider")
+    changed(tmp_path / "wider", hidden_size=16)
+    with pytest.raises(RoleError, match="wider"):
+        resolve_model(f"hf:{tmp_path / 'wider'}", Classifier)
+    model.vit.save_pretrained(tmp_path / "body")
+    with pytest.raises(RoleError, match="no trained class layer.*num_labels=N"):
+        resolve_model(f"hf:{tmp_path / 'body'}", Classifier)
+    assert resolve_model(f"hf:{tmp_path / 'body'}:num_labels=4", Classifier).classes == 4
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    encoder = resolve_model(f"hf:{tmp_path / 'body'}", Encoder).eval()
+    with torch.no_grad():
+        expected = model.vit(pixel_values=image).last_hidden_state[:, 0]
+        torch.testing.assert_close(encoder(image), expected)
+    hf().BertForMaskedLM(hf().BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                         intermediate_size=8)).save_pretrained(tmp_path / "masked")
+    with pytest.raises(RoleError, match="no causal language model"):
+        resolve_model(f"hf:{tmp_path / 'masked'}", CausalLM)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", None])
+def test_partial_downloads_are_named(tmp_path, content):
+    vision("resnet").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content or path.read_bytes()[:-50])
+    with pytest.raises(DamagedFileError, match="damaged or only partly there.*git-lfs"):
+        resolve_model(f"hf:{tmp_path}", Classifier)
+
+
+def test_a_role_kind_that_loads_itself(tmp_path):
+    from stillhouse.recipes.trajectories import Trajectories
+
+    Trajectories([torch.randn(3, 4)]).save(tmp_path / "experts")
+    assert len(resolve_model(tmp_path / "experts", Trajectories).experts) == 1
 
 
 def test_a_new_last_layer_and_a_factory(tmp_path):
@@ -307,7 +356,8 @@ def test_models_of_transformers_built_in_python(user):
                                   "num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16, "
                                   "patch_size=8))\n"
                                   "def body():\n    return vit().vit\n"
-                                  "def text():\n    return t.GPT2LMHeadModel(t.GPT2Config(n_embd=8, n_layer=1, n_head=2))\n")
+                                  "def text():\n    return t.GPT2LMHeadModel(t.GPT2Config(n_embd=8, n_layer=1, "
+                                  "n_head=2, vocab_size=8))\n")
     hf()
     assert resolve_model("mine:vit", Classifier)(torch.zeros(2, 1, 8, 8)).shape == (2, 2)
     assert resolve_model("mine:body", Encoder)(torch.zeros(2, 1, 8, 8)).shape == (2, 8)

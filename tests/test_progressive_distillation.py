@@ -108,8 +108,8 @@ def test_the_constant_student_of_a_single_point_has_no_loss():
     run = Run(quiet=True)
     ladder = pd.distill(point, student, data(), replace(SHORT, init="given"), run)
     losses = [line["distil"] for line in run.history if "distil" in line]
-    assert len(losses) == 9 and max(losses) < 1e-7
-    assert torch.allclose(ladder(torch.randn(3, 2)), torch.tensor([1.0, -2.0]).expand(3, 2), atol=1e-4)
+    assert len(losses) == 9 and max(losses) < 1e-5
+    assert torch.allclose(ladder(torch.randn(3, 2)), torch.tensor([1.0, -2.0]).expand(3, 2), atol=2e-3)
 
 
 def test_rounds_halve_restart_and_use_their_own_times_only(monkeypatch):
@@ -179,7 +179,7 @@ def test_bad_roles_and_settings_are_named():
         pd.distill(GaussianMixture(VPCosine(), torch.zeros(1, 2), torch.ones(1)), denoiser(), data(), SHORT)
     with pytest.raises(RoleError, match="set fit=1"):
         pd.distill(denoiser("eps"), denoiser("v"), data(), SHORT)
-    with pytest.raises(RoleError, match="no signal|not finite"):
+    with pytest.raises(RoleError, match="no signal"):
         pd.distill(denoiser("v", VPCosine(None)), denoiser("eps", VPCosine(None)), data(), replace(SHORT, init="given"))
     with pytest.raises(RoleError, match="fewer timesteps"):
         table = ddpm_linear(4)

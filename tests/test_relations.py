@@ -105,6 +105,7 @@ def test_cka():
     assert 0 < cka(a, b) < 0.5
 
 
+@pytest.mark.unchecked
 def test_bad_input_is_named():
     with pytest.raises(DataError, match="reference bank"):
         relational_js(features(), features(), features(8, 4))

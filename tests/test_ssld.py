@@ -119,8 +119,8 @@ def test_the_last_stage_sees_the_original_pictures_alone():
     config = Config(steps=40, batch=4, per_class=100, last_stage=0.5, lr=0.01)
     trained(student=student, validation=None, config=config)
     original = {tuple(x.flatten().tolist()) for x in given["data"].image}
-    batches = [{tuple(x.flatten().tolist()) for x in seen} for seen, mode in zip(student.seen, student.modes, strict=True)
-               if mode]
+    training = [seen for seen, mode in zip(student.seen, student.modes, strict=True) if mode]
+    batches = [{tuple(x.flatten().tolist()) for x in seen} for seen in training]
     assert len(batches) == 40
     assert not set.union(*batches[:20]) <= original and set.union(*batches[20:]) <= original
 

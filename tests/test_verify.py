@@ -66,6 +66,8 @@ def test_an_outcome_has_arms_claims_and_versions_and_is_kept(system, tmp_path):
     verify.verify(["ssld"], [0, 1, 2], False, out)
     kept = json.loads((out / "ssld.json").read_text())
     assert kept["full"] and kept["runs"] == 2
+    verify.verify(["ssld"], [0], True, out)
+    assert json.loads((out / "ssld.json").read_text())["seeds"] == [0, 1, 2]
 
 
 def test_an_interrupted_verification_goes_on(system, tmp_path):
@@ -74,7 +76,7 @@ def test_an_interrupted_verification_goes_on(system, tmp_path):
             "c.load = lambda slug: importlib.import_module('quick'); from stillhouse.verify import verify; "
             "verify(['ssld'], [0], False)")
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    folder = tmp_path / "cache" / "verify" / f"ssld-{catalog.find('ssld').hash}" / "seed-0"
+    folder = verify.runs_folder(catalog.find("ssld")) / "seed-0"
     finished = folder / "stages" / "arm a" / "metrics.json"
     for _ in range(600):
         if finished.exists():
@@ -86,6 +88,18 @@ def test_an_interrupted_verification_goes_on(system, tmp_path):
     written = finished.stat().st_mtime_ns
     (outcome,) = verify.verify(["ssld"], [0], False)
     assert finished.stat().st_mtime_ns == written and set(outcome["arms"]) == {"a", "b", "crash"}
+
+
+def test_runs_are_kept_apart_when_any_code_below_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "PACKAGE", tmp_path)
+    floor = tmp_path / "measures" / "x.py"
+    floor.parent.mkdir()
+    floor.write_text("a = 1")
+    system = catalog.systems()["ssld"]
+    before = verify.runs_folder(system)
+    assert verify.runs_folder(system) == before
+    floor.write_text("a = 2")
+    assert verify.runs_folder(system) != before
 
 
 def test_numbers_that_are_not_finite_stay_readable():

@@ -1,8 +1,8 @@
 """Computation trees: what a message-passing network of depth L sees of a graph, node by node.
 
 The tree of node v has v as its root and as the children of each node all its neighbours, the parent included, down to
-depth L: the unrolling of L rounds of messages, not a breadth-first search. Its canonical label is a string that is equal
-for isomorphic trees only: "(l" for the node label l, then for each child " e" for the label of its edge and the child's
+depth L: the unrolling of L rounds of messages, not a breadth-first search. Its canonical label is a string, equal for
+isomorphic trees only: "(l" for the node label l, then for each child " e" for the label of its edge and the child's
 own string, children sorted, then ")". The brackets and the blank keep labels of several digits apart. A label can be
 read back into its tree, so the label is all that has to be kept.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from stillhouse.errors import RoleError
@@ -53,6 +53,6 @@ class Guided(nn.Module):
         return uncond + self.scale * (cond - uncond)
 
 
-def null_like(null_condition: Tensor, condition: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+def null_like(null_condition: Tensor, condition: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
     """One null condition (no batch axis) repeated for every sample of `condition`."""
     return null_condition.to(condition.device, condition.dtype).expand_as(condition)

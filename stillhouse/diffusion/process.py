@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from stillhouse.errors import ConfigError, require
@@ -250,6 +250,6 @@ def process_of(spec: dict[str, Any]) -> Process:
     return kinds[spec["kind"]](**options)
 
 
-def expand(value: Float[Tensor, " batch"] | Float[Tensor, ""], like: Float[Tensor, "batch ..."]) -> Tensor:
+def expand(value: Shaped[Tensor, " batch"] | Shaped[Tensor, ""], like: Shaped[Tensor, "batch ..."]) -> Tensor:
     """One number per sample, given trailing axes so that it multiplies a batch of any shape."""
     return value.reshape(*value.shape, *[1] * (like.ndim - value.ndim)) if value.ndim else value

@@ -47,6 +47,7 @@ def resolve_model(
     - `hf:NAME_OR_FOLDER`: an image classifier, an encoder or a causal language model of `transformers`, by the role;
       `hf:NAME:num_labels=10` puts a new last layer on a classifier.
     - `diffusers:FOLDER`: a network and its scheduler as a Denoiser.
+    - For a role kind with a `load` of its own, such as recorded trajectories: the folder that it was saved in.
 
     Weights are read from safetensors only and no code of a model's repository is run. Networks that a callable builds
     are a function of `text` and `seed`, so that a resumed run builds the same.
@@ -55,6 +56,9 @@ def resolve_model(
     checkpoint that is a pickle), ConfigError (`arch` is missing or does not apply), DamagedFileError.
     """
     text = str(text)
+    require(bool(text.strip()), f"no model was named; give {', '.join(SCHEMES)}", UnknownNameError)
+    if hasattr(kind, "load") and Path(text).expanduser().is_dir():
+        return kind.load(text)
     with preserved():
         reseed(derive("model", text, seed))
         if kind == Network:
@@ -99,9 +103,10 @@ def _factory(text: str, zoo: Mapping[str, Callable[..., nn.Module]]) -> Callable
                         f"'{text}' is one model with weights. Give module:callable")
     else:
         make = _callable(text)
-    first = fit_role(make(), None, text)
-    require(make() is not first, f"'{text}' returns the same module every time; a factory must build a new one at "
-            "every call", RoleError)
+    first, second = fit_role(make(), None, text), fit_role(make(), None, text)
+    shared = {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+    require(first is not second and not shared, f"'{text}' returns the same module, or the same weights, every time; a "
+            "factory must build new ones at every call", RoleError)
     return make
 
 

@@ -39,7 +39,7 @@ def info_nce(
             n = F.normalize(negatives, dim=-1)
             columns.append(torch.einsum("nd,nmd->nm", q, n) if n.dim() == 3 else q @ n.T)
         if queue is not None:
-            columns.append(q @ F.normalize(queue, dim=-1).T)
+            columns.append(q @ F.normalize(queue.to(q), dim=-1).T)
         logits, target = torch.cat(columns, 1), torch.zeros(len(q), dtype=torch.long, device=q.device)
     return reduce_samples(F.cross_entropy(logits / temperature, target, reduction="none"), weight, reduction=reduction)
 

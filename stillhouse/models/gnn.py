@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,12 +27,12 @@ class GNN(nn.Module):
         super().__init__()
         require(kind in get_args(Kind), f"kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
         require(features >= 1 and classes >= 2 and width >= 1 and layers >= 1,
-                f"a GNN needs features, width and layers of at least 1 and 2 classes; got {features}, {width}, {layers} "
-                f"and {classes}")
+                f"a GNN needs features, width and layers of at least 1 and 2 classes; got {features}, {width}, "
+                f"{layers} and {classes}")
         require(0 <= dropout < 1, f"dropout must lie in [0, 1), not {dropout}")
         self.kind, self.dropout = kind, dropout
         widths = [features] + [width] * layers
-        self.layers = nn.ModuleList(_layer(kind, a, b, edge_features) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(_layer(kind, a, b, edge_features) for a, b in pairwise(widths))
         self.head = nn.Linear(width, classes)
 
     def embed(

@@ -66,8 +66,8 @@ def special_tokens(model: Any, role: str = "student") -> tuple[list[int], int]:
 
     Without a padding id the first end-of-sequence id stands in. Raises RoleError if no end of sequence is known.
     """
-    places = [getattr(model, "generation_config", None), getattr(model, "config", None)]
-    eos = next((i for p in places if (i := getattr(p, "eos_token_id", None)) is not None), None)
+    places: list[Any] = [getattr(model, "generation_config", None), getattr(model, "config", None)]
+    eos: Any = next((i for p in places if (i := getattr(p, "eos_token_id", None)) is not None), None)
     pad = next((i for p in places if (i := getattr(p, "pad_token_id", None)) is not None), None)
     require(eos is not None, f"{role} ({type(model).__name__}) names no end-of-sequence token, so its answers cannot "
             "end; set model.generation_config.eos_token_id", RoleError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ def record_trajectories(
             flat = FlatNetwork(expert)
             path = run.state(weights=flat.flatten().repeat(epochs + 1, 1))
             sgd = make(list(expert.parameters()))
-            held = {"expert": expert, "optimizer": sgd, "path": path}
+            held: dict[str, Any] = {"expert": expert, "optimizer": sgd, "path": path}
             for real in run.loop("train", labelled, batch=batch, epochs=epochs, **held):
                 image = real["image"]
                 augment = dsa_of(strategy, (image.shape[-2], image.shape[-1]), run.shared_rand(),

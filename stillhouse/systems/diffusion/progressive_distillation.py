@@ -170,7 +170,7 @@ def _check(teacher: Denoiser, student: Denoiser, config: Config) -> None:
                 "density?); set init='given' and fit=1 or more", RoleError)
         require(kinds[0] == kinds[1] or config.fit > 0, f"the teacher predicts {kinds[0]} and the student {kinds[1]}: "
                 "weights alone do not carry over; set fit=1 or so to fit the student first", RoleError)
-    silent = kinds[1] == "eps" and float(ours.alpha(torch.ones(()))) == 0
+    silent = kinds[1] == "eps" and abs(float(ours.alpha(torch.ones(())))) < 1e-6
     require(not silent, "an eps-predicting student says nothing about x0 at t = 1, where this process has no signal; "
             "wrap it as v or x0, and set fit", RoleError)
     require(not isinstance(ours, VPTable) or config.start <= ours.timesteps, f"{config.start} steps do not fit "
