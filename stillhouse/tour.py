@@ -125,7 +125,7 @@ def _mtt(run: Any, mtt: Any) -> Rows:
     from stillhouse.zoo.experts import digits_network
 
     network, train, test = digits_network(), digits(8, "train"), digits(8, "test")
-    config = replace(mtt.EMBEDDED, steps=60, experts=3, epochs=12, max_start=8)
+    config = replace(mtt.EMBEDDED, steps=60, experts=3, epochs=12, max_start=8, evaluate_networks=4)
     distilled = mtt.distill(network, train, config=config, run=run)
     real = train.select(random_per_class(train.label, 1))
     plain = mtt.DistilledSet(real.image, real.label, mtt.REAL_LR)
@@ -171,12 +171,16 @@ def _fedx(run: Any, fedx: Any) -> Rows:
     from stillhouse.evaluate.probes import extract, linear_probe
     from stillhouse.models.convnets import ConvEncoder
 
-    train, test = digits(16, "train"), digits(16, "test")
+    train, test = digits(8, "train"), digits(8, "test")
     clients: Any = [train.select(part).without("label") for part in dirichlet_partition(train.label, 3, 0.3, seed=0)]
-    model = fedx.distill(lambda: ConvEncoder(), clients, config=replace(fedx.EMBEDDED, rounds=2, epochs=1), run=run)
-    with run.aside("probe", model):
-        a, b = extract(model.encode, train), extract(model.encode, test)
-    return [("linear probe after 2 rounds of 3 clients", f"{linear_probe(*a, *b):.1%}")]
+    config = replace(fedx.EMBEDDED, rounds=2, epochs=1)
+    model = fedx.distill(lambda: ConvEncoder(feature_dim=64, width=32), clients, None, config, run)
+    rows = []
+    for what, encoder in (("an untrained encoder", ConvEncoder(feature_dim=64, width=32)),
+                          ("the encoder after 2 rounds of 3 clients", model.encoder)):
+        h, h_test = extract(encoder, train, device=run.device), extract(encoder, test, device=run.device)
+        rows.append((f"linear probe of {what}", f"{linear_probe(h, train.label, h_test, test.label):.1%}"))
+    return rows
 
 
 def _scatter(run: Any, name: str, data: Any, samples: Any) -> None:

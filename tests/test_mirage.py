@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_graphs import Molecules
 
 pytest.importorskip("torch_geometric")
 pytest.importorskip("mlxtend")
@@ -14,7 +15,6 @@ from stillhouse.recipes import graphs as recipe
 from stillhouse.run import Run
 from stillhouse.systems.datasets import mirage
 from stillhouse.testing import check_system
-from tests.test_graphs import Molecules, with_edge_labels
 
 CONFIG = mirage.Config(theta=0.4)
 
@@ -56,8 +56,8 @@ def test_theta_goes_down_as_far_as_the_budget_allows():
 
 
 def test_the_bytes_of_labelled_edges_are_counted_alike():
-    data = with_edge_labels(motifs(n=100, seed=1), kinds=2)
-    config = mirage.Config(theta=0.4, theta_min=0.1, budget=3000)
+    data = GraphSet(**motifs(n=100, seed=1).data, node_classes=5, edge_classes=2)
+    config = mirage.Config(theta=0.9, theta_min=0.1, budget=4000)
     mined = mirage.mine(data, config)
     patterns = list(zip(mined["label"], mined["patterns"], mined["support"], strict=True))
     assert mirage.size_of(patterns, data) == mirage.distill(data, config, quiet()).bytes
@@ -73,7 +73,7 @@ def test_one_set_serves_networks_of_every_kind(tmp_path):
     data = GraphSet.load(data.save(tmp_path))
     for kind in ("gcn", "sage", "gat", "gin"):
         torch.manual_seed(0)
-        model = recipe.train(GNN(kind, 5, 2, width=16, dropout=0.0), data, recipe.Config(steps=60, batch=32, lr=1e-2),
+        model = recipe.train(GNN(kind, 5, 2, width=16, dropout=0.0), data, recipe.Config(steps=30, batch=32, lr=1e-2),
                              quiet())
         assert recipe.scores(model, motifs("test", seed=1))["auc"] > 0.6
 

@@ -150,8 +150,8 @@ class Labels:
     """How the attributes of torch_geometric graphs become discrete labels; fit on the training graphs, apply to all.
 
     A column that is not made of whole numbers is cut at its quantiles; then each distinct row of columns is a label,
-    and rows that were not there when fitting share the last one. Nodes without attributes are labelled by their in-degree,
-    up to `most_degree`; edges without attributes are all labelled 0.
+    and rows that were not there when fitting share the last one. Nodes without attributes are labelled by their
+    in-degree, up to `most_degree`; edges without attributes are all labelled 0.
     """
 
     node_cuts: list[Tensor | None] | None
@@ -274,7 +274,7 @@ def _columns(graphs: list[Any], name: str) -> Float[Tensor, "rows columns"] | No
     if all(v is None or v.numel() == 0 for v in values):
         return None
     require(all(v is not None for v in values), f"some graphs have '{name}' and some do not", DataError)
-    rows = torch.cat([_flat(v) for v in values])
+    rows = torch.cat([_flat(v) for v in values if v is not None])
     require(bool(torch.isfinite(rows).all()), f"'{name}' is not finite in some graphs; remove or repair them",
             DataError)
     return rows

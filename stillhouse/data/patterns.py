@@ -70,26 +70,6 @@ def tree_transactions(
             for c, graphs in trees.items()}
 
 
-def forests_within(
-    sets: Mapping[int, Mapping[frozenset[str], int]], like: GraphSet, size: int, weighted: bool = True
-) -> GraphSet:
-    """Forests of the most frequent sets of each class, class by class in turn, while they take at most `size` bytes."""
-    chosen: list[tuple[int, tuple[str, ...], int]] = []
-    taken = 0
-    queues = {c: list(own.items()) for c, own in sorted(sets.items())}
-    while any(queues.values()):
-        for c, queue in queues.items():
-            if not queue:
-                continue
-            pattern, n = queue.pop(0)
-            one = forest_set([sorted(pattern)], [c], [n] if weighted else None, like).bytes
-            if taken + one <= size:
-                chosen.append((c, tuple(sorted(pattern)), n))
-                taken += one
-    return forest_set([p for _, p, _ in chosen], [c for c, _, _ in chosen],
-                      [n for _, _, n in chosen] if weighted else None, like)
-
-
 def single_trees(data: GraphSet, depth: int, size: int) -> GraphSet:
     """The baseline without co-occurrence: of each class the trees that occur in most of its graphs, one a forest, with
     their frequencies, until they take at least `size` bytes."""

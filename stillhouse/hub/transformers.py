@@ -128,8 +128,8 @@ def wrap(model: Any, kind: Any, name: str) -> nn.Module:
     require(getattr(model, "main_input_name", "") == "pixel_values",
             f"'{name}' ({type(model).__name__}) is no model of pictures", RoleError)
     wrapped = _pictures(_library(), model, None, features=kind.__name__ == "Encoder")
-    require(wrapped.classes > 0 or kind.__name__ == "Encoder", f"'{name}' ({type(model).__name__}) has no classes; give "
-            "its …ForImageClassification", RoleError)
+    require(wrapped.classes > 0 or kind.__name__ == "Encoder", f"'{name}' ({type(model).__name__}) has no classes; "
+            "give its …ForImageClassification", RoleError)
     return wrapped
 
 

@@ -109,7 +109,7 @@ class Config:
         return self.max_start - 1 + self.expert_epochs
 
 
-EMBEDDED = Config(steps=120, student_steps=16, max_start=12, lr_img=40.0, lr_alpha=1e-4, alpha=0.05, zca=False,
+EMBEDDED = Config(steps=120, student_steps=16, max_start=11, lr_img=40.0, lr_alpha=1e-4, alpha=0.05, zca=False,
                   dsa=DSA_DIGITS, fill=-1.0, experts=12, epochs=40, expert_lr=0.1, experts_per_step=2,
                   evaluate_networks=10, evaluate_steps=200)
 
