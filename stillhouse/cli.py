@@ -303,6 +303,8 @@ def _resolve(module: Any, roles: dict[str, inspect.Parameter], given: dict[str, 
             tokenizer = _tokenizer(given, options) if kind is protocols.TokenPairs else None
             values = [read_data(t, kind, size=options.size, limit_broken=options.limit_broken, tokenizer=tokenizer)
                       for t in texts]
+        elif inspect.isclass(kind) and hasattr(kind, "load") and kind not in protocols.PROBES:
+            values = [kind.load(t) for t in texts]
         else:
             values = [resolve_model(t, kind, arch=options.arch, zoo=MODELS, seed=options.seed) for t in texts]
         resolved[name] = values if several else values[0]

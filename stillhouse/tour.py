@@ -88,7 +88,7 @@ def _dmd2(run: Any, dmd2: Any) -> Rows:
     def network() -> NetworkDenoiser:
         return NetworkDenoiser(MLPDenoiser((2,), 64, 3), process, "edm", sigma_data=1.4)
 
-    config = replace(dmd2.EMBEDDED, steps=1000, fit=800, fake_lr=1e-3)
+    config = replace(dmd2.EMBEDDED, steps=1500, fit=800, lr=1e-3, fake_lr=1e-3)
     sampler = dmd2.distill(gauss2d_teacher(process, centres, 0.15), network(), data, None, network, config, run)
     x = sampler(run.randn(2000, 2)).detach()
     _scatter(run, "data and one-step samples", data.x[:2000], x)
@@ -161,7 +161,8 @@ def _mirage(run: Any, mirage: Any) -> Rows:
         with run.scope(what):
             model = GNN("gin", train.node_classes, train.classes, width=32, layers=mirage.EMBEDDED.layers)
             graphs.train(model, data, graphs.Config(steps=150, batch=32, lr=5e-3), run)
-        rows.append((f"AUC after training on {data.bytes:,} bytes of {what}", f"{graphs.scores(model, test)['auc']:.3f}"))
+        auc = graphs.scores(model, test)["auc"]
+        rows.append((f"AUC after training on {data.bytes:,} bytes of {what}", f"{auc:.3f}"))
     return rows
 
 

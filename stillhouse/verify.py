@@ -53,7 +53,8 @@ def verify(slugs: Sequence[str], seeds: Sequence[int], full: bool, out: Path | N
 
     Finished seeds are taken from the cache, started ones go on where they were; a changed source of the system or of
     the floors below it starts afresh. With `out`, each outcome is written to `out/<slug>.json`, unless one of the same
-    source with more arms or seeds is there already. Raises UnknownNameError, MissingExtraError, or StillError where a worker failed as a whole.
+    source with more arms or seeds is there already. Raises UnknownNameError, MissingExtraError, or StillError where a
+    worker failed as a whole.
     """
     require(len(seeds) >= 1, "give at least one seed")
     require(workers >= 1, f"workers must be 1 or more, not {workers}")

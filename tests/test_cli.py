@@ -23,6 +23,11 @@ def net(classes=4, pixels=64):
 def fewer(): return net(3)
 def big(): return net(4, 256)
 def number(): return 3
+def language(vocabulary=64):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                        num_attention_heads=1, num_key_value_heads=1))
+def other_language(): return language(70)
 '''
 
 
@@ -142,6 +147,13 @@ def test_bad_input_is_answered_in_one_paragraph(here, capsys, words, status, say
     assert found == status, said
     assert says.lower() in said.lower() and "Traceback" not in said
     assert not list(here.rglob("*.safetensors"))
+
+
+def test_vocabularies_that_differ_are_named(here, capsys):
+    pytest.importorskip("transformers")
+    status, _, err = still(capsys, "run", "distillm", "--teacher", "mymodels:language", "--student",
+                           "mymodels:other_language", "--data", "grammar", "--validation", "grammar:validation")
+    assert status == 1 and "teacher has 64, student has 70" in err and "vocabulary" in err, err
 
 
 def test_debug_shows_the_traceback(here, capsys):

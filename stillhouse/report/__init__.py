@@ -148,7 +148,7 @@ def curve(arms: dict[str, list[tuple[float, float]]]) -> Markup:
     legend = Markup(" ").join(Markup('<span style="color:{}">&#9632;</span> {}').format(COLOURS[i % len(COLOURS)], arm)
                               for i, arm in enumerate(lines) if arm)
     return Markup(
-        '<svg class="curve" viewBox="0 0 400 130" role="img">{body}<text x="36" y="16" text-anchor="end">{top}</text>'
+        '<svg class="curve" viewBox="-24 0 424 130" role="img">{body}<text x="36" y="16" text-anchor="end">{top}</text>'
         '<text x="36" y="112" text-anchor="end">{low}</text><text x="40" y="126">{first}</text>'
         '<text x="390" y="126" text-anchor="end">{last}</text></svg><p class="legend">{legend}</p>').format(
         body=Markup("").join(parts), top=_number(y1), low=_number(y0), first=_number(x0), last=_number(x1),
