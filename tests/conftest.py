@@ -7,8 +7,7 @@ from jaxtyping import config, install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-if os.environ.get("STILL_SHAPES"):
-    install_import_hook(["stillhouse.measures", "stillhouse.diffusion"], "shapes.checked")
+install_import_hook(["stillhouse.measures", "stillhouse.diffusion"], "shapes.checked")
 
 
 @pytest.fixture(autouse=True)
