@@ -82,7 +82,6 @@ def list_systems(family: str | None = None, built: bool = False, json: bool = Fa
         print(_json([{"number": s.number, "slug": s.slug, "family": s.family, "title": s.title, "year": s.year,
                       "arxiv": s.arxiv, "built": s.built, "verdict": s.verdict} for s in chosen]))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -91,9 +90,16 @@ def list_systems(family: str | None = None, built: bool = False, json: bool = Fa
     for s in chosen:
         state, verdict = ("[green]built[/]" if s.built else "[dim]planned[/]"), _coloured(s.verdict)
         table.add_row(f"{s.number:03d}", s.slug, s.family, state, verdict, f"{_plain(s.title)} ({s.year})")
-    console = Console() if sys.stdout.isatty() else Console(width=240)
+    console = _console()
     console.print(table)
     console.print(f"{len(chosen)} systems, {sum(s.built for s in chosen)} built. More on one: still show SLUG")
+
+
+def _console() -> Any:
+    """A console that breaks no line of a table when its output is read by a program."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=240)
 
 
 def _json(value: Any) -> str:
@@ -363,14 +369,13 @@ def _save(target: Any, folder: Path, slug: str) -> None:
 
 def _table(module: Any, arms: dict[str, dict[str, float]], folder: Path) -> None:
     """Arms by metrics, and how each claim stands with this one seed."""
-    from rich.console import Console
     from rich.table import Table
 
     metrics = list(dict.fromkeys(m for values in arms.values() for m in values))
     table = Table("arm", *metrics, box=None, pad_edge=False)
     for arm, values in arms.items():
         table.add_row(arm, *(f"{values[m]:.4g}" if m in values else "" for m in metrics))
-    console = Console()
+    console = _console()
     console.print(table)
     for claim in module.CLAIMS:
         try:
@@ -420,12 +425,11 @@ def verify(slugs: Positional[tuple[Slug, ...]] = (), all: bool = False, seeds: i
 
 
 def _print_outcome(outcome: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from stillhouse.evaluate.claims import interval
 
-    console = Console()
+    console = _console()
     console.print(f"\n[bold]{outcome['slug']}[/]: {_coloured(outcome['verdict'])}, seeds {outcome['seeds']}, "
                   f"{sum(outcome['seconds']) / len(outcome['seconds']):.0f} s a seed")
     metrics = list(dict.fromkeys(m for values in outcome["arms"].values() for m in values))

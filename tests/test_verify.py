@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ CLAIMS = [Claim("b is larger", lambda a: a["b"]["x"] - a["a"]["x"]),
 EMBEDDED = None
 def experiment(run):
     def arm(plus):
-        for k in run.loop("x", steps=STEPS):
-            import time; time.sleep(PAUSE)
+        for k in run.loop("x", steps=3):
+            import os, time
+            while plus == 1.0 and os.environ.get("WAIT_FOR") and not os.path.exists(os.environ["WAIT_FOR"]):
+                time.sleep(0.05)
         return {"x": torch.rand(()).item() + plus}
     def crash():
         raise ValueError("no luck")
@@ -34,8 +37,8 @@ def system(tmp_path, monkeypatch):
     package = tmp_path / "stand_in"
     package.mkdir()
 
-    def write(steps=3, pause=0.0):
-        (package / "quick.py").write_text(EXPERIMENT.replace("STEPS", str(steps)).replace("PAUSE", str(pause)))
+    def write():
+        (package / "quick.py").write_text(EXPERIMENT)
         (package / "sitecustomize.py").write_text(
             "import sys\nif sys.argv[:1] and '-m' in sys.orig_argv and 'stillhouse.verify' in sys.orig_argv:\n"
             "    import stillhouse.catalog as c, importlib\n"
@@ -71,11 +74,13 @@ def test_an_outcome_has_arms_claims_and_versions_and_is_kept(system, tmp_path):
 
 
 def test_an_interrupted_verification_goes_on(system, tmp_path):
-    system(steps=60, pause=0.05)
+    system()
+    go = tmp_path / "go"
     code = ("import sys; sys.argv=['x']; import importlib, stillhouse.catalog as c; "
             "c.load = lambda slug: importlib.import_module('quick'); from stillhouse.verify import verify; "
             "verify(['ssld'], [0], False)")
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
+                             env={**os.environ, "WAIT_FOR": str(go)})
     folder = verify.runs_folder(catalog.find("ssld")) / "seed-0"
     finished = folder / "stages" / "arm a" / "metrics.json"
     for _ in range(600):
@@ -83,7 +88,9 @@ def test_an_interrupted_verification_goes_on(system, tmp_path):
             break
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    child.wait(30)
+    time.sleep(0.5)
+    go.write_text("the second arm may finish its step")
+    child.wait(60)
     assert finished.exists() and not (folder / "core.json").exists()
     written = finished.stat().st_mtime_ns
     (outcome,) = verify.verify(["ssld"], [0], False)

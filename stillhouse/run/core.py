@@ -417,6 +417,7 @@ class Run:
         stopping = self._stopping if processes.size() == 1 else processes.any_of(self._stopping, self.device)
         if stopping:
             self._complete(stage) if stage.finishing else self._save(stage)
+            processes.wait(self.device)
             raise Interrupted(f"stopped after step {stage.k + 1} of {stage.steps} of stage '{stage.path}'")
         due = time.monotonic() - self._saved_at >= self.checkpoint_seconds if self.checkpoint_steps is None else (
             (stage.k + 1) % self.checkpoint_steps == 0)

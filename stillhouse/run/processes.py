@@ -59,6 +59,11 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return flag if size() == 1 else bool(summed(torch.tensor(float(flag), device=device)).item())
 
 
+def wait(device: torch.device) -> None:
+    """Until every process has come here."""
+    any_of(False, device)
+
+
 class Gather(torch.autograd.Function):
     """Concatenate over the processes in rank order; the gradient of a rank's slice collects all ranks' losses.
 
