@@ -32,7 +32,8 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class System:
-    """One paper. `moves` says what is distilled into what; `extras` are the optional dependencies it needs."""
+    """One paper. `moves` says what is distilled into what, `extras` which optional dependencies it needs, `remarks`
+    what the miniature does not show of the paper's claims, and why."""
 
     number: int
     slug: str
@@ -42,6 +43,7 @@ class System:
     arxiv: str
     extras: tuple[str, ...] = ()
     moves: str = ""
+    remarks: str = ""
 
     @property
     def module(self) -> str:

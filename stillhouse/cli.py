@@ -155,6 +155,8 @@ def _show_claims(system: catalog.System, module: Any) -> None:
     if outcome:
         print(f"  measured over seeds {outcome['seeds']}" + (" (the source has changed since)"
               if outcome["hash"] != system.hash else ""))
+    if system.remarks:
+        print("\n" + textwrap.fill(system.remarks, 100, initial_indent="  ", subsequent_indent="  "))
 
 
 def _roles(module: Any) -> dict[str, inspect.Parameter]:
