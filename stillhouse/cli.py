@@ -198,6 +198,8 @@ def _run(slug: str, words: list[str]) -> None:
     from stillhouse.run import DryRunEnded, Run, fingerprint
 
     resuming = options.resume is not None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (resuming or options.out):
+        raise ConfigError("several processes need one folder between them: give --out")
     folder = Path(options.resume) if resuming else Path(options.out) if options.out else _free_folder(system.slug)
     kwargs: dict[str, Any] = {}
     if given:
@@ -211,16 +213,19 @@ def _run(slug: str, words: list[str]) -> None:
                    fingerprint={n: fingerprint(v) for n, v in kwargs.items()}, deterministic=options.deterministic,
                    checkpoint_seconds=options.checkpoint_seconds, quiet=options.quiet, dry=options.dry_run,
                    full=options.full)
-    if not options.dry_run and not resuming:
+    if run.first and not options.dry_run and not resuming:
         (folder / "command.json").write_text(json.dumps(words), encoding="utf-8")
     try:
         with run:
             if given:
                 _move(kwargs, run.device)
                 target = module.distill(**kwargs, config=options.config, run=run)
-                _save(target, folder, system.slug)
+                if run.first:
+                    _save(target, folder, system.slug)
             else:
-                _table(module, module.experiment(run), folder)
+                arms = module.experiment(run)
+                if run.first:
+                    _table(module, arms, folder)
     except DryRunEnded as ended:
         print(f"dry run: {ended}")
     except Interrupted as stop:

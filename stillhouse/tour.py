@@ -138,9 +138,9 @@ def _distillm(run: Any, distillm: Any) -> Rows:
     from stillhouse.evaluate.text import judge_grammar
     from stillhouse.zoo.language import RECIPE, grammar_model, grammar_teacher
 
-    teacher = grammar_teacher({**RECIPE, "steps": 400, "width": 48, "layers": 2, "pairs": 5000})
+    teacher = grammar_teacher({**RECIPE, "steps": 700, "width": 48, "layers": 2, "pairs": 5000})
     student = grammar_model(32, 1, 2)
-    config = replace(distillm.EMBEDDED, steps=150, fine_tuning=0.5)
+    config = replace(distillm.EMBEDDED, steps=300, fine_tuning=1.0)
     distillm.distill(teacher, student, grammar("train", 400, seed=run.seed), grammar("validation", 50, seed=run.seed),
                      config=config, run=run)
     with run.aside("judge", student, teacher):

@@ -233,3 +233,27 @@ def test_a_target_with_a_save_of_its_own_is_saved_so(here, capsys):
     _save(Target(), here / "run", "ssld")
     assert (here / "run" / "target" / "x.safetensors").is_file()
     assert "Target.load(" in capsys.readouterr().out
+
+
+def test_two_processes_through_torchrun_share_one_folder(here):
+    (here / "mymodels.py").write_text(MODELS + """
+def other():
+    torch.manual_seed(99)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+""")
+    words = ["run", "ssld", "--teacher", "mymodels:net", "--student", "mymodels:other", "--data", "pictures.npz",
+             "--config.steps", "6", "--config.batch", "8", "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
+
+    def launch(*more):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                   "-m", "stillhouse", *words, *more]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    done = launch("--out", "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    main([*words, "--out", "one"])
+    one, two = (store.load_tree(here / name / "target" / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
+    assert "give --out" in launch().stderr

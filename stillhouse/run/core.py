@@ -193,6 +193,11 @@ class Run:
         return "/".join(parent + self._path)
 
     @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return processes.rank() == 0
+
+    @property
     def begun(self) -> bool:
         """Whether any stage or `once` has been entered."""
         return bool(self._used)
