@@ -100,6 +100,36 @@ def test_factory_for_the_network_role(user):
             resolve_model(text, Network, zoo={"a": nn.Identity})
 
 
+def test_embedded_networks_by_name(user):
+    small = resolve_model("convnet:width=8,depth=2,image_size=8", Classifier)
+    assert small(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+    again = resolve_model("convnet:width=8,depth=2,image_size=8", Classifier)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
+    make = resolve_model("tiny-convnet:classes=3", Network)
+    first, second = make(), make()
+    assert first(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    assert not torch.equal(first.linear.weight, second.linear.weight)
+    save_tree(user / "w.safetensors", dict(small.state_dict()))
+    filled = resolve_model("w.safetensors", Classifier, arch="convnet:width=8,depth=2,image_size=8", seed=1)
+    assert torch.equal(filled.linear.weight, small.linear.weight)
+    for text, error, says in (("convnte", UnknownNameError, "did you mean 'convnet'"),
+                              ("convnet:colour=3", ConfigError, "colour"),
+                              ("gnn:features=2", ConfigError, "kind"),
+                              ("convnet:image_size=4", RoleError, "lower the depth"),
+                              ("lenet", CausalLM, "generate")):
+        kind, expected = (CausalLM, RoleError) if error is CausalLM else (Classifier, error)
+        with pytest.raises(expected, match=says):
+            resolve_model(text, kind)
+
+
+def test_a_user_module_may_share_an_embedded_name(user):
+    (user / "resnet.py").write_text("from torch import nn\ndef build():\n    return nn.Flatten()\n")
+    try:
+        assert isinstance(resolve_model("resnet:build", Classifier), nn.Flatten)
+    finally:
+        sys.modules.pop("resnet", None)
+
+
 # ------------------------------------------------------------------------------------------- weights
 
 
@@ -284,6 +314,35 @@ def test_without_a_processor_pictures_stay_as_they_are(tmp_path):
     assert loaded(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
     with pytest.raises(RoleError, match="pictures of 3 channels were given to a model of 1"):
         loaded(torch.zeros(1, 3, 16, 16))
+
+
+def test_what_a_user_types_is_distilled(tmp_path):
+    """A folder of pictures, a ViT as teacher and a ResNet as student, through two steps of SSLD."""
+    from PIL import Image
+
+    from stillhouse.data.readers import read_data
+    from stillhouse.protocols import Images
+    from stillhouse.run import Run
+    from stillhouse.systems.compression.ssld import Config, distill
+
+    vision("vit", num_labels=4, num_channels=1).save_pretrained(tmp_path / "teacher")
+    vision("resnet", num_labels=4, num_channels=1).save_pretrained(tmp_path / "student")
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        Image.effect_noise((20, 16), 30 + i).save(tmp_path / "pictures" / f"{i}.png")
+    teacher = resolve_model(f"hf:{tmp_path / 'teacher'}", Classifier)
+    student = resolve_model(f"hf:{tmp_path / 'student'}", Classifier)
+    data = read_data(str(tmp_path / "pictures"), Images, size=16)
+    before = {name: {k: v.clone() for k, v in m.state_dict().items()}
+              for name, m in (("teacher", teacher), ("student", student))}
+    with Run(quiet=True) as run:
+        config = Config(steps=2, batch=4, last_stage=0.0, lr=0.1, warmup=0.0)
+        assert distill(teacher, student, data, config=config, run=run) is student
+        losses = [line["distance"] for line in run.history if "distance" in line]
+    assert losses and all(0 < loss < 1 for loss in losses)
+    assert all(torch.equal(v, before["teacher"][k]) for k, v in teacher.state_dict().items())
+    moved = [k for k, v in student.named_parameters() if not torch.equal(v, before["student"][k])]
+    assert any("classifier" in k for k in moved) and any("embedder" in k for k in moved)
 
 
 def changed(folder, **values):

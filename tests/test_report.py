@@ -70,8 +70,8 @@ def test_pictures_of_numbers_are_drawn_to_scale():
 
 
 def test_readme_tables_go_between_the_markers():
-    text = with_tables("before\n<!-- systems:begin -->old<!-- systems:end -->\nafter")
-    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
+    text = with_tables("before\n<!-- systems:begin -->outdated<!-- systems:end -->\nafter")
+    assert text.startswith("before\n") and text.endswith("\nafter") and "outdated" not in text
     assert "`ssld`" in systems_table()
     with pytest.raises(StoreError, match="markers"):
         with_tables("nothing")

@@ -19,14 +19,23 @@ from stillhouse.data.readers import PICKLES, parse_options
 from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import ConfigError, DamagedFileError, RoleError, UnknownNameError, require
 from stillhouse.hub.refusals import PICKLE, looks_foreign
+from stillhouse.models import convnets, gnn, language
 from stillhouse.parts.taps import taps
 from stillhouse.protocols import CausalLM, Denoiser, Network
 from stillhouse.run.seeds import derive, preserved, reseed
 from stillhouse.store import load_tree
 
 SCHEMES = ("module:callable", "weights.safetensors (with --arch module:callable)", "a folder saved by Stillhouse (with "
-           "--arch)", "zoo:NAME", "hf:NAME_OR_FOLDER", "diffusers:FOLDER")
+           "--arch)", "zoo:NAME", "hf:NAME_OR_FOLDER", "diffusers:FOLDER", "an embedded network such as convnet")
 WEIGHTS = ("model.safetensors", "weights.safetensors")
+
+EMBEDDED: dict[str, Callable[..., nn.Module]] = {
+    "convnet": convnets.ConvNet, "tiny-convnet": convnets.TinyConvNet, "resnet": convnets.SmallResNet,
+    "vgg": convnets.SmallVGG, "alexnet": convnets.SmallAlexNet, "lenet": convnets.LeNet, "mlp": convnets.MLP,
+    "conv-encoder": convnets.ConvEncoder, "gnn": gnn.GNN,
+    "gpt2": language.gpt2, "opt": language.opt, "llama": language.llama,
+}
+"""Embedded networks by name; they come with freshly drawn weights."""
 
 
 def resolve_model(
@@ -47,6 +56,7 @@ def resolve_model(
     - `hf:NAME_OR_FOLDER`: an image classifier, an encoder or a causal language model of `transformers`, by the role;
       `hf:NAME:num_labels=10` puts a new last layer on a classifier.
     - `diffusers:FOLDER`: a network and its scheduler as a Denoiser.
+    - An embedded network with fresh weights, optionally with options: `convnet:width=32,image_size=16` (`EMBEDDED`).
     - For a role kind with a `load` of its own, such as recorded trajectories: the folder that it was saved in.
 
     Weights are read from safetensors only and no code of a model's repository is run. Networks that a callable builds
@@ -120,12 +130,17 @@ def _from_zoo(text: str, zoo: Mapping[str, Callable[..., nn.Module]]) -> Callabl
 
 
 def _callable(text: str) -> Callable[[], Any]:
-    """What `module:callable` or `module:callable:options` names, its options filled in."""
+    """What `module:callable[:options]` or an embedded `name[:options]` names, its options filled in."""
     module, _, rest = text.partition(":")
+    if module in EMBEDDED and (not rest or "=" in rest.partition(":")[0]):
+        return _with_options(EMBEDDED[module], rest, text)
     name, _, options = rest.partition(":")
     if not (name and all(part.isidentifier() for part in f"{module}.{name}".split("."))):
+        near = difflib.get_close_matches(module, EMBEDDED, n=1)
+        hint = f"did you mean '{near[0]}'? It" if near else "it"
         raise UnknownNameError(f"'{text}' names no model: there is no file or folder of that name (seen from "
-                               f"{Path.cwd()}), and it is none of {', '.join(SCHEMES[:1] + SCHEMES[3:])}")
+                               f"{Path.cwd()}); {hint} is none of {', '.join(SCHEMES[:1] + SCHEMES[3:])} "
+                               f"({', '.join(EMBEDDED)})")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

@@ -33,8 +33,7 @@ def _claims(system: catalog.System) -> str:
     if outcome is None:
         return "not measured"
     verdicts = [c["verdict"] for c in outcome["claims"] if c["verdict"] != "report"]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("holds", "leans", "fails") if v in verdicts)
-    return counts.replace(" holds", f" hold{'s' if verdicts.count('holds') == 1 else ''}")
+    return ", ".join(f"{v} {verdicts.count(v)}" for v in ("holds", "leans", "fails") if v in verdicts)
 
 
 def with_tables(text: str) -> str:
