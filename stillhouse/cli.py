@@ -271,6 +271,7 @@ def _parse(system: catalog.System, module: Any, roles: dict[str, inspect.Paramet
         "preset": option(str, chosen, f"where the settings start from: {' or '.join(presets)}"),
         "arch": option(str | None, None, "module:callable that builds the network for .safetensors weights"),
         "size": option(int | None, None, "side length to which pictures of a folder are resized"),
+        "conditional": option(bool, False, "labels of pictures become the conditions of a diffusion model"),
         "limit_broken": option(float, 0.0, "part of the files or lines of a data set that may be unreadable"),
         "tokenizer": option(str | None, None, "folder of a tokenizer; default: that of the first model given as hf:"),
         "out": option(str | None, None, "folder of the run; default: a new one under runs/"),
@@ -314,7 +315,8 @@ def _resolve(module: Any, roles: dict[str, inspect.Parameter], given: dict[str, 
         texts = text.split(",") if several else [text]
         if _is_data(kind):
             tokenizer = _tokenizer(given, options) if kind is protocols.TokenPairs else None
-            values = [read_data(t, kind, size=options.size, limit_broken=options.limit_broken, tokenizer=tokenizer)
+            values = [read_data(t, kind, size=options.size, limit_broken=options.limit_broken, tokenizer=tokenizer,
+                                conditional=options.conditional)
                       for t in texts]
         elif inspect.isclass(kind) and hasattr(kind, "load") and kind not in protocols.PROBES:
             values = [kind.load(t) for t in texts]

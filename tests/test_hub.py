@@ -112,13 +112,12 @@ def test_embedded_networks_by_name(user):
     save_tree(user / "w.safetensors", dict(small.state_dict()))
     filled = resolve_model("w.safetensors", Classifier, arch="convnet:width=8,depth=2,image_size=8", seed=1)
     assert torch.equal(filled.linear.weight, small.linear.weight)
-    for text, error, says in (("convnte", UnknownNameError, "did you mean 'convnet'"),
-                              ("convnet:colour=3", ConfigError, "colour"),
-                              ("gnn:features=2", ConfigError, "kind"),
-                              ("convnet:image_size=4", RoleError, "lower the depth"),
-                              ("lenet", CausalLM, "generate")):
-        kind, expected = (CausalLM, RoleError) if error is CausalLM else (Classifier, error)
-        with pytest.raises(expected, match=says):
+    for text, kind, error, says in (("convnte", Classifier, UnknownNameError, "did you mean 'convnet'"),
+                                    ("convnet:colour=3", Classifier, ConfigError, "colour"),
+                                    ("gnn:features=2", GraphModel, ConfigError, "kind"),
+                                    ("convnet:image_size=4", Classifier, RoleError, "lower the depth"),
+                                    ("lenet", CausalLM, RoleError, "generate")):
+        with pytest.raises(error, match=says):
             resolve_model(text, kind)
 
 
