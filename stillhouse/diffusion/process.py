@@ -13,6 +13,7 @@ The slopes d alpha/dc and d sigma/dc are closed forms, so Euler and Heun steps a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -27,19 +28,19 @@ Path = Literal["vp", "ve", "flow"]
 
 
 @dataclass(frozen=True)
-class Process:
+class Process(ABC):
     """What all processes share; use one of `VPCosine`, `VPTable`, `VE`, `Flow`, `TrigFlow`."""
 
     path: ClassVar[Path] = "vp"
     noise_scale: ClassVar[float] = 1.0
 
+    @abstractmethod
     def clock(self, t: Tensor) -> Tensor:
         """The clock c at time t; see the table of paths."""
-        raise NotImplementedError
 
+    @abstractmethod
     def time(self, clock: Tensor) -> Tensor:
         """The inverse of `clock`."""
-        raise NotImplementedError
 
     def alpha(self, t: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
         """Scale of the signal at time t."""
