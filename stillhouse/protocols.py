@@ -29,7 +29,7 @@ ROLES = {
     "clients": "one data set per client",
     "forget": "data to be unlearned",
     "retain": "data to be kept",
-    "scenes": "camera views of a scene",
+    "scenes": "scenes whose parameters are trained in place",
 }
 """The role vocabulary: parameter names of every `distill`."""
 
@@ -43,6 +43,9 @@ FIELDS = {
     "attention_mask": "int64 [batch, length], 1 on real tokens",
     "target_mask": "int64 [batch, length], 1 on the tokens a loss is taken on",
     "graph": "list of torch_geometric Data",
+    "audio": "float32 [batch, samples]: mono sound",
+    "domain": "int64 [batch]: where a sample comes from",
+    "other": "float32 [batch, ...]: the same thing in a second modality or view",
 }
 """Names of the fields of a batch."""
 

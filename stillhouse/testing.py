@@ -24,7 +24,7 @@ from stillhouse.run import Run, fingerprint
 from stillhouse.store import digest_of
 
 Inputs = Callable[[], dict[str, Any]]
-TRAINED = {"student"}
+TRAINED = {"student", "scenes"}
 
 
 def check_system(distill: Callable[..., Any], inputs: Inputs | None = None, most_steps: int = 60) -> None:

@@ -26,6 +26,7 @@ from stillhouse.data.distilled import FILE as DISTILLED
 from stillhouse.data.distilled import DistilledSet
 from stillhouse.data.grammar import grammar
 from stillhouse.data.sets import TensorSet
+from stillhouse.data.shapes import shapes
 from stillhouse.data.text import pack_pairs, pack_plain
 from stillhouse.errors import ConfigError, DataError, UnknownNameError, require
 from stillhouse.protocols import OFFERS, Conditions, Samples, TokenPairs
@@ -47,6 +48,8 @@ EMBEDDED: dict[str, Callable[..., TensorSet]] = {
     "gauss2d": lambda n=4096, std=0.15, seed=0: gauss2d(n, std=std, seed=seed),
     "grammar": lambda split="train", n=800, seed=0: grammar(split, n, seed),
     "motifs": _motifs,
+    "shapes": lambda n=1000, seed=0, size=32, background="plain", hue=0.0: shapes(n, seed, size, background=background,
+                                                                                  hue=hue),
 }
 """Embedded sets by name, with the options that may follow the name."""
 
