@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := hf,diffusion,graph,dev
+EXTRAS := hf,diffusion,graph,docs,dev
 
-.PHONY: help venv run test lint types tests verify tables clean
+.PHONY: help venv run test lint types tests docs verify tables clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -36,6 +36,10 @@ tests: $(READY)
 	@echo "tests (two workers)"
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
 
+docs: $(READY)  ## build the site into site/, offline, warnings as errors
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 verify: $(READY)  ## measure every claim over seeds 0 to 4, all arms (long; it goes on where it was)
 	@$(BIN)/still verify --all --full
 
@@ -43,4 +47,4 @@ tables: $(READY)  ## write the tables of README.md anew from results/
 	@$(BIN)/python -m stillhouse.report.tables README.md
 
 clean:  ## remove the environment, caches of the tools and runs
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv runs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

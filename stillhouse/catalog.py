@@ -77,6 +77,11 @@ class System:
         return json.loads(path.read_text(encoding="utf-8"))
 
     @property
+    def pictures(self) -> dict[str, Path]:
+        """Committed pictures of its first seed by title: results/<slug>/NUMBER TITLE.png."""
+        return {p.stem.partition(" ")[2]: p for p in sorted((results_folder() / self.slug).glob("*.png"))}
+
+    @property
     def verdict(self) -> str:
         """The worst verdict of its claims, with " (stale)" where the source has changed since; "" if not measured."""
         outcome = self.outcome

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from tqdm import tqdm
 
@@ -26,6 +28,8 @@ from stillhouse.evaluate.claims import judge, worst
 from stillhouse.store import cache_folder, write_text
 
 WORKERS = 2
+MOST_PICTURES = 6
+LARGEST = 150_000
 FLOORS = ("measures", "parts", "data", "models", "diffusion", "run", "evaluate", "recipes", "zoo")
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
            "TOKENIZERS_PARALLELISM": "false"}
@@ -69,8 +73,8 @@ def verify(slugs: Sequence[str], seeds: Sequence[int], full: bool, out: Path | N
     for slug in dict.fromkeys(job.slug for job in jobs):
         outcome = summarise(slug, [job for job in jobs if job.slug == slug])
         outcomes.append(outcome)
-        if out is not None:
-            _keep(outcome, out / f"{slug}.json")
+        if out is not None and _keep(outcome, out / f"{slug}.json"):
+            keep_pictures(next(job.folder for job in jobs if job.slug == slug), out / slug)
     return outcomes
 
 
@@ -156,17 +160,34 @@ def run_seed(slug: str, seed: int, folder: Path, full: bool) -> dict[str, Any]:
     return {"arms": finite, "crashed": run.crashed, "seconds": seconds}
 
 
-def _keep(outcome: dict[str, Any], path: Path) -> None:
+def keep_pictures(run: Path, out: Path) -> list[Path]:
+    """Copy the pictures that the arms of a run drew into `out`, numbered and named by arm, in place of those there; at most
+    `MOST_PICTURES`, none above `LARGEST` bytes."""
+    drawn = sorted(run.glob("stages/**/pictures/*.png"), key=lambda p: p.stat().st_mtime_ns)
+    found = [p for p in drawn if p.stat().st_size <= LARGEST][:MOST_PICTURES]
+    shutil.rmtree(out, ignore_errors=True)
+    kept = []
+    for i, path in enumerate(found, 1):
+        parts = [unquote(p).removeprefix("arm ") for p in path.relative_to(run / "stages").with_suffix("").parts]
+        name = " - ".join(part for part in parts if part != "pictures").replace("/", "_")
+        out.mkdir(parents=True, exist_ok=True)
+        kept.append(Path(shutil.copyfile(path, out / f"{i} {name}.png")))
+    return kept
+
+
+def _keep(outcome: dict[str, Any], path: Path) -> bool:
+    """Write an outcome, unless it would replace a larger one of the same source; whether it did."""
     runs = 0
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
         if old["hash"] == outcome["hash"] and (old["full"] > outcome["full"]
                                                or len(old["seeds"]) > len(outcome["seeds"])):
             print(f"{path} was left as it is: it holds more arms or seeds than this measurement", file=sys.stderr)
-            return
+            return False
         same = old["hash"] == outcome["hash"] and old["arms"] == outcome["arms"]
         runs = old.get("runs", 1) - same
     write_text(path, json.dumps({**outcome, "runs": runs + 1}, indent=1, ensure_ascii=False) + "\n")
+    return True
 
 
 def _numbers(arms: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float]]:

@@ -6,7 +6,8 @@ import torch
 
 from stillhouse import catalog
 from stillhouse.errors import StoreError
-from stillhouse.report import bars, curve, write_report
+from stillhouse.report import write_report
+from stillhouse.report.charts import curve, dots, forest
 from stillhouse.report.tables import systems_table, with_tables
 from stillhouse.run import Run
 
@@ -62,11 +63,22 @@ def test_an_empty_folder_gives_a_page_and_an_absent_one_an_error(tmp_path):
 
 
 def test_pictures_of_numbers_are_drawn_to_scale():
-    drawn = bars([("a", 1.0, 0.5, 1.5), ("b", -1.0, -1.0, -1.0)])
-    widths = [float(w) for w in re.findall(r'<rect [^>]*width="([\d.]+)"', drawn)]
-    assert widths[0] == widths[1] > 0
+    drawn = dots([("a", 1.0, 0.5, 1.5), ("a name that is much too long for its place", -1.0, -1.0, -1.0)])
+    at = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', drawn)]
+    ends = [float(x) for x in re.findall(r'd="M([\d.]+) \d+H([\d.]+)"/><circle', drawn)[0]]
+    assert at[1] == 156 and ends[1] == 380 and at[0] == pytest.approx(156 + 224 * 0.8, abs=0.1)
+    assert "too long for its place</title>" in drawn and "a name that is much too…" in drawn
     points = re.findall(r'points="([^"]+)"', curve({"a": [(0, 0.0), (1, 1.0), (2, 0.0)]}))[0].split()
     assert [p.split(",")[1] for p in points] == ["110.0", "10.0", "110.0"]
+
+
+def test_the_slack_of_a_claim_that_holds_lies_right_of_the_line():
+    drawn = forest([{"sentence": "s", "verdict": "holds", "mean": 2.0, "interval": [1.0, 3.0]},
+                    {"sentence": "t", "verdict": "fails", "mean": -2.0, "interval": [-4.0, 0.0]},
+                    {"sentence": "u", "verdict": "fails", "mean": None, "interval": [None, None]},
+                    {"sentence": "v", "verdict": "leans", "mean": 0.5, "interval": [None, None]}])
+    assert [float(x) for x in re.findall(r'cx="([\d.]+)"', drawn)] == [260.0, 85.0, 310.0]
+    assert "crashed" in drawn and 'd="M210.0 12H310.0"' in drawn and 'd="M10.0 30H160.0"' in drawn
 
 
 def test_readme_tables_go_between_the_markers():

@@ -97,6 +97,21 @@ def test_an_interrupted_verification_goes_on(system, tmp_path):
     assert finished.stat().st_mtime_ns == written and set(outcome["arms"]) == {"a", "b", "crash"}
 
 
+def test_pictures_of_the_arms_are_kept_by_name(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "results" / "ssld"
+    for arm, size in (("plain", 10), ("big", verify.LARGEST + 1), ("ours", 20)):
+        folder = run / "stages" / f"arm {arm}" / "pictures"
+        folder.mkdir(parents=True)
+        (folder / "samples.png").write_bytes(b"x" * size)
+    out.mkdir(parents=True)
+    (out / "9 outdated.png").write_bytes(b"")
+    kept = verify.keep_pictures(run, out)
+    assert [p.name for p in kept] == ["1 plain - samples.png", "2 ours - samples.png"]
+    assert sorted(out.iterdir()) == kept
+    verify.keep_pictures(tmp_path / "nothing", out)
+    assert not out.exists()
+
+
 def test_runs_are_kept_apart_when_any_code_below_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "PACKAGE", tmp_path)
     floor = tmp_path / "measures" / "x.py"
