@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +33,8 @@ FAMILIES = {
 @dataclass(frozen=True)
 class System:
     """One paper. `moves` says what is distilled into what, `extras` which optional dependencies it needs, `remarks`
-    what the miniature does not show of the paper's claims, and why."""
+    what the miniature does not show of the paper's claims, and why, `grounds` where it can be compared with others
+    (`stillhouse.zoo.grounds`), with changes of its config and options of the ground's roles."""
 
     number: int
     slug: str
@@ -44,6 +45,7 @@ class System:
     extras: tuple[str, ...] = ()
     moves: str = ""
     remarks: str = ""
+    grounds: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def module(self) -> str:

@@ -1,4 +1,4 @@
-"""The command `still`: list, show, run, verify, report, tour. Nothing here imports torch until it has to."""
+"""The command `still`: list, show, run, verify, compare, report, tour. Nothing here imports torch until it has to."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _dispatch(words: list[str]) -> None:
         _run(words[1], words[2:])
         return
     commands: dict[str, Callable[..., Any]] = {
-        "list": list_systems, "show": show, "run": run_help, "verify": verify, "report": report, "tour": tour,
-        "version": version,
+        "list": list_systems, "show": show, "run": run_help, "verify": verify, "compare": compare, "report": report,
+        "tour": tour, "version": version,
     }
     tyro.extras.subcommand_cli_from_dict(
         commands, args=words or ["--help"], prog="still", config=(FlagCreatePairsOff,),
@@ -456,6 +456,50 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
         console.print(f"  {_coloured(claim['verdict'])}: {_plain(claim['sentence'])} (slack {slack})")
     for where, text in outcome["crashed"].items():
         console.print(f"  [red]crashed[/] {where}: {_plain(text)}")
+
+
+def compare(slugs: Positional[tuple[Slug, ...]], seeds: int = 3, ground: str | None = None, workers: int = 2,
+            out: Path | None = None) -> None:
+    """Compare systems that share a ground: the same models, data, budget and measures; one table and one picture.
+
+    Baselines of the ground enter too. Systems that share no ground are refused, with the reason.
+
+    Args:
+        slugs: the systems to compare
+        seeds: how many paired seeds
+        ground: the ground, where the systems share several
+        workers: worker processes, one thread each
+        out: folder of the picture and the figures; default: runs/compare-GROUND
+    """
+    from stillhouse.compare import compare as measure
+    from stillhouse.compare import write
+
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be 1 or more, not {seeds}")
+    comparison = measure(slugs, range(seeds), ground, workers)
+    picture = write(comparison, out or Path("runs") / f"compare-{comparison['ground']}")
+    _print_comparison(comparison)
+    print(f"picture: {picture}")
+
+
+def _print_comparison(comparison: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from stillhouse.compare import gains
+    from stillhouse.evaluate.claims import interval
+
+    console, (headline, *_) = _console(), comparison["better"]
+    console.print(f"\n[bold]{comparison['title']}[/]. {comparison['sentence']} Seeds {comparison['seeds']}.\n")
+    reference = comparison["baselines"][-1]
+    table = Table("", *comparison["better"], f"{headline}: better than {reference} by", box=None, pad_edge=False)
+    for arm, values in comparison["arms"].items():
+        cells = []
+        for metric in comparison["better"]:
+            mean, low, high = interval([v for v in values.get(metric, []) if v is not None])
+            cells.append(f"{mean:.4g} ± {(high - low) / 2:.2g}")
+        gain, low, high = gains(comparison, arm)
+        table.add_row(arm, *cells, "" if arm == reference else f"{gain:.3g} ({low:.3g} to {high:.3g})")
+    console.print(table)
 
 
 def report(folder: Positional[Path] = Path("runs"), out: Path | None = None) -> None:

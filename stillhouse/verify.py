@@ -45,6 +45,7 @@ class Job:
     full: bool
     folder: Path
     hash: str = ""
+    words: tuple[str, ...] = ()  # further arguments of its worker
 
     @property
     def outcome(self) -> Path:
@@ -61,14 +62,13 @@ def verify(slugs: Sequence[str], seeds: Sequence[int], full: bool, out: Path | N
     worker failed as a whole.
     """
     require(len(seeds) >= 1, "give at least one seed")
-    require(workers >= 1, f"workers must be 1 or more, not {workers}")
     jobs = []
     for slug in slugs:
         system = catalog.find_built(slug)
         catalog.load(system.slug)
         base = runs_folder(system)
         jobs += [Job(system.slug, seed, full, base / f"seed-{seed}", system.hash) for seed in seeds]
-    _work(jobs, workers)
+    work(jobs, workers)
     outcomes = []
     for slug in dict.fromkeys(job.slug for job in jobs):
         outcome = summarise(slug, [job for job in jobs if job.slug == slug])
@@ -80,11 +80,17 @@ def verify(slugs: Sequence[str], seeds: Sequence[int], full: bool, out: Path | N
 
 def runs_folder(system: catalog.System) -> Path:
     """Where the runs of a system lie in the cache: another folder whenever its source or a floor's changes."""
-    h = hashlib.blake2b(system.hash.encode(), digest_size=8)
-    for floor in FLOORS:
+    digest = hashlib.blake2b((system.hash + source_hash(FLOORS)).encode(), digest_size=8).hexdigest()
+    return cache_folder() / "verify" / f"{system.slug}-{digest}"
+
+
+def source_hash(floors: Sequence[str]) -> str:
+    """A hash of all modules on these floors."""
+    h = hashlib.blake2b(digest_size=8)
+    for floor in floors:
         for path in sorted((catalog.PACKAGE / floor).rglob("*.py")):
             h.update(path.read_bytes())
-    return cache_folder() / "verify" / f"{system.slug}-{h.hexdigest()}"
+    return h.hexdigest()
 
 
 def summarise(slug: str, jobs: Sequence[Job]) -> dict[str, Any]:
@@ -103,8 +109,9 @@ def summarise(slug: str, jobs: Sequence[Job]) -> dict[str, Any]:
         "verdict": worst([o.verdict for o in judged]),
         "seeds": [job.seed for job in jobs],
         "full": all(job.full for job in jobs),
-        "claims": [{"sentence": o.sentence, "verdict": o.verdict, "mean": _json(o.mean),
-                    "interval": [_json(v) for v in o.interval], "slack": [_json(v) for v in o.slack]} for o in judged],
+        "claims": [{"sentence": o.sentence, "verdict": o.verdict, "mean": json_number(o.mean),
+                    "interval": [json_number(v) for v in o.interval], "slack": [json_number(v) for v in o.slack]}
+                   for o in judged],
         "arms": arms,
         "crashed": {f"seed {job.seed}, {arm}": text for job, e in zip(jobs, each, strict=True)
                     for arm, text in e["crashed"].items()},
@@ -114,7 +121,12 @@ def summarise(slug: str, jobs: Sequence[Job]) -> dict[str, Any]:
     }
 
 
-def _work(jobs: Sequence[Job], workers: int) -> None:
+def work(jobs: Sequence[Job], workers: int, module: str = "stillhouse.verify") -> None:
+    """Run every job that has no outcome yet in a worker process, `python -m module SLUG SEED FOLDER …`.
+
+    Raises StillError where a worker failed as a whole; an interruption is passed on to the workers.
+    """
+    require(workers >= 1, f"workers must be 1 or more, not {workers}")
     waiting = [job for job in jobs if not job.outcome.is_file()]
     running: dict[subprocess.Popen[bytes], Job] = {}
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="seeds", disable=None)
@@ -124,7 +136,7 @@ def _work(jobs: Sequence[Job], workers: int) -> None:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
                 job.folder.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, "-m", "stillhouse.verify", job.slug, str(job.seed), str(job.folder)]
+                command = [sys.executable, "-m", module, job.slug, str(job.seed), str(job.folder), *job.words]
                 with (job.folder / "output.txt").open("ab") as output:
                     child = subprocess.Popen([*command, *(["--full"] if job.full else [])], env=environment,
                                              stdout=output, stderr=output)
@@ -156,13 +168,13 @@ def run_seed(slug: str, seed: int, folder: Path, full: bool) -> dict[str, Any]:
     with Run.open(folder, seed=seed, full=full, keep_going=True, quiet=True, **options) as run:
         arms = module.experiment(run)
     seconds = sum(run.seconds.values()) or time.monotonic() - start
-    finite = {arm: {m: _json(v) for m, v in metrics.items()} for arm, metrics in arms.items()}
+    finite = {arm: {m: json_number(v) for m, v in metrics.items()} for arm, metrics in arms.items()}
     return {"arms": finite, "crashed": run.crashed, "seconds": seconds}
 
 
 def keep_pictures(run: Path, out: Path) -> list[Path]:
-    """Copy the pictures that the arms of a run drew into `out`, numbered and named by arm, in place of those there; at most
-    `MOST_PICTURES`, none above `LARGEST` bytes."""
+    """Copy the pictures that the arms of a run drew into `out`, numbered and named by arm, in place of those there;
+    at most `MOST_PICTURES`, none above `LARGEST` bytes."""
     drawn = sorted(run.glob("stages/**/pictures/*.png"), key=lambda p: p.stat().st_mtime_ns)
     found = [p for p in drawn if p.stat().st_size <= LARGEST][:MOST_PICTURES]
     shutil.rmtree(out, ignore_errors=True)
@@ -194,7 +206,7 @@ def _numbers(arms: dict[str, dict[str, float | None]]) -> dict[str, dict[str, fl
     return {arm: {m: math.nan if v is None else v for m, v in metrics.items()} for arm, metrics in arms.items()}
 
 
-def _json(value: float) -> float | None:
+def json_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

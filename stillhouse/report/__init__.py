@@ -38,7 +38,8 @@ def write_report(folder: Path | str, out: Path | str) -> Path:
         version=__version__, systems=entries, families=catalog.FAMILIES,
         built=sum(s.built for s in entries),
         cards=[_card(s) for s in entries if s.built],
-        comparisons=[_read(path) for path in sorted(folder.rglob("comparison.json"))],
+        comparisons=[{**c, "charts": charts_of(c["arms"])}
+                     for c in map(_read, sorted(folder.rglob("comparison.json")))],
         summaries=[_read(path) for path in sorted(folder.rglob("summary.json"))],
         runs=[_run(path.parent) for path in sorted(folder.rglob("run.json"))])
     return write_text(out, page)

@@ -1,0 +1,157 @@
+"""Systems side by side on a ground that they share: one table, one picture, paired seeds."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stillhouse import catalog
+from stillhouse.errors import ConfigError, require
+from stillhouse.evaluate.claims import interval
+from stillhouse.store import cache_folder, write_text
+from stillhouse.verify import FLOORS, WORKERS, Job, json_number, source_hash, work
+
+BASELINE = "baseline "
+
+
+def common_ground(slugs: Sequence[str], ground: str | None = None) -> str:
+    """The ground that all of these systems stand on: the one named, or the first they share.
+
+    Raises UnknownNameError for an unknown or planned system, ConfigError where they share no ground, saying which of
+    them stands where.
+    """
+    entrants = [catalog.find_built(slug) for slug in dict.fromkeys(slugs)]
+    require(len(entrants) >= 1, "name at least one system to compare with the baselines of its ground")
+    stands = "; ".join(f"{s.slug} on {', '.join(s.grounds) or 'none: ' + (s.moves or s.title)}" for s in entrants)
+    shared = [name for name in entrants[0].grounds if all(name in s.grounds for s in entrants)]
+    if ground is not None:
+        require(ground in shared, f"these systems do not all stand on the ground '{ground}' ({stands})")
+        return ground
+    require(bool(shared), f"these systems share no ground, so a table of them would mean nothing ({stands}). `still "
+            "show SLUG` says what each moves into what.")
+    return shared[0]
+
+
+def compare(slugs: Sequence[str], seeds: Sequence[int], ground: str | None = None, workers: int = WORKERS
+            ) -> dict[str, Any]:
+    """Run the systems and the ground's baselines with paired seeds; what each reached, as `comparison.json` holds it.
+
+    Finished runs are taken from the cache until a source changes. Raises what `common_ground` raises,
+    MissingExtraError, or StillError where a run failed.
+    """
+    require(len(seeds) >= 1, "give at least one seed")
+    name = common_ground(slugs, ground)
+    entrants = [catalog.find(slug) for slug in dict.fromkeys(slugs)]
+    for system in entrants:
+        catalog.load(system.slug)
+    from stillhouse.zoo.grounds import GROUNDS
+
+    place = GROUNDS[name]
+    rows = [*(BASELINE + b for b in place.baselines), *(s.slug for s in entrants)]
+    jobs = {row: [_job(row, name, seed) for seed in seeds] for row in rows}
+    work([job for of_row in jobs.values() for job in of_row], workers, "stillhouse.compare")
+    arms: dict[str, dict[str, list[float | None]]] = {}
+    for row, of_row in jobs.items():
+        each = [json.loads(job.outcome.read_text(encoding="utf-8")) for job in of_row]
+        arms[row.removeprefix(BASELINE)] = {m: [e.get(m) for e in each] for m in each[0]}
+    headline = next(iter(place.better))
+    sign = 1 if place.better[headline] == "higher" else -1
+
+    def rank(arm: str) -> float:
+        seen = [v for v in arms[arm][headline] if v is not None]
+        return -sign * sum(seen) / len(seen) if seen else float("inf")
+
+    ranked = {arm: arms[arm] for arm in sorted(arms, key=rank)}
+    return {"title": place.title, "ground": name, "sentence": place.sentence, "seeds": list(seeds),
+            "better": place.better, "baselines": list(place.baselines), "arms": ranked}
+
+
+def gains(comparison: dict[str, Any], arm: str) -> tuple[float, float, float]:
+    """By how much `arm` beats the last baseline in the first metric: mean and 95% interval over paired seeds; above
+    0 is better."""
+    headline, direction = next(iter(comparison["better"].items()))
+    reference = comparison["arms"][comparison["baselines"][-1]][headline]
+    sign = 1 if direction == "higher" else -1
+    pairs = zip(comparison["arms"][arm][headline], reference, strict=True)
+    return interval([sign * (a - b) for a, b in pairs if a is not None and b is not None])
+
+
+def draw(comparison: dict[str, Any]) -> Any:
+    """A matplotlib figure with one panel per metric: every seed a faint dot, mean and 95% interval over them."""
+    from matplotlib.figure import Figure
+
+    arms, metrics = comparison["arms"], list(comparison["better"])
+    figure = Figure(figsize=(3.1 * len(metrics) + 2, 0.42 * len(arms) + 1.3), layout="constrained")
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axis, metric in zip(axes, metrics, strict=True):
+        for y, (arm, values) in enumerate(arms.items()):
+            seen = [v for v in values.get(metric, []) if v is not None]
+            if not seen:
+                continue
+            mean, low, high = interval(seen)
+            colour = "#8a9099" if arm in comparison["baselines"] else "#1d66bd"
+            axis.plot(seen, [y] * len(seen), "o", color=colour, alpha=0.25, markersize=4)
+            axis.errorbar([mean], [y], xerr=[[mean - low], [high - mean]] if len(seen) > 1 else None, fmt="o",
+                          color=colour, capsize=3)
+        axis.set_title(f"{metric} ({comparison['better'][metric]} is better)", fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(arms)), list(arms))
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.suptitle(comparison["title"])
+    return figure
+
+
+def write(comparison: dict[str, Any], folder: Path) -> Path:
+    """`comparison.json` and `comparison.png` in `folder`; the path of the picture."""
+    write_text(folder / "comparison.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
+    picture = folder / "comparison.png"
+    draw(comparison).savefig(picture, dpi=130)
+    return picture
+
+
+def _job(row: str, ground: str, seed: int) -> Job:
+    source = "" if row.startswith(BASELINE) else catalog.find(row).hash + json.dumps(catalog.find(row).grounds[ground])
+    digest = hashlib.blake2b((source + source_hash(FLOORS)).encode(), digest_size=8).hexdigest()
+    folder = cache_folder() / "compare" / f"{ground}-{row.replace(' ', '-')}-{digest}" / f"seed-{seed}"
+    return Job(row, seed, False, folder, words=("--ground", ground))
+
+
+def run_entrant(row: str, ground: str, seed: int, folder: Path) -> dict[str, float | None]:
+    """One system or baseline on a ground with one seed, in a resumable run."""
+    from stillhouse.run import Run
+    from stillhouse.zoo.grounds import GROUNDS, baseline, enter
+
+    place = GROUNDS[ground]
+    with Run.open(folder, system=row, seed=seed, quiet=True, resume=None) as run:
+        if row.startswith(BASELINE):
+            name = row.removeprefix(BASELINE)
+            arms = run.arms({name: lambda: baseline(place, name, run)})
+        else:
+            name = row
+            arms = run.arms({name: lambda: enter(place, catalog.load(row), run, **catalog.find(row).grounds[ground])})
+    return {metric: json_number(value) for metric, value in arms[name].items()}
+
+
+def main() -> None:
+    """A worker: `python -m stillhouse.compare SLUG SEED FOLDER --ground NAME`."""
+    parser = argparse.ArgumentParser(prog="stillhouse.compare", description="one entrant of a comparison, one seed")
+    parser.add_argument("slug")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ground", required=True)
+    given = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    job = Job(given.slug, given.seed, False, given.folder)
+    if job.seed < 0:
+        raise ConfigError(f"a seed is 0 or more, not {job.seed}")
+    write_text(job.outcome, json.dumps(run_entrant(job.slug, given.ground, job.seed, job.folder)))
+
+
+if __name__ == "__main__":
+    main()
