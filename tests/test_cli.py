@@ -257,3 +257,15 @@ def other():
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
     assert "give --out" in launch().stderr
+
+
+def test_taps_lists_paths_and_shapes(capsys):
+    main(["taps", "tiny-convnet", "--role", "classifier", "--shape", "1", "16", "16"])
+    printed = capsys.readouterr().out
+    assert "1 x 10" in printed and "Linear" in printed and "(the model)" in printed
+
+
+def test_taps_of_an_example_that_does_not_fit_says_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["taps", "tiny-convnet", "--shape", "5", "16", "16"])
+    assert "could not process one example of shape (5, 16, 16)" in " ".join(capsys.readouterr().err.split())
