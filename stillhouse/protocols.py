@@ -6,7 +6,7 @@ real batch through each role before any work starts. `PROBES` says how that batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,7 @@ ROLES = {
     "student": "the model that is trained in place and returned",
     "network": "a factory: called without arguments, it returns a freshly initialised nn.Module",
     "data": "the main training data",
+    "perceptual": "a network whose features a distance is taken in; never changed",
     "labelled": "data with labels that the system may read",
     "unlabelled": "data whose labels, if any, are never read",
     "validation": "held-out data",
@@ -27,6 +28,7 @@ ROLES = {
     "prompts": "instructions or captions",
     "corpus": "plain text",
     "clients": "one data set per client",
+    "classes": "the names of the classes; the position of a name is its label",
     "forget": "data to be unlearned",
     "retain": "data to be kept",
     "scenes": "scenes whose parameters are trained in place",
@@ -45,6 +47,7 @@ FIELDS = {
     "graph": "list of torch_geometric Data",
     "audio": "float32 [batch, samples]: mono sound",
     "domain": "int64 [batch]: where a sample comes from",
+    "name": "list of texts: what classes are called",
     "other": "float32 [batch, ...]: the same thing in a second modality or view",
 }
 """Names of the fields of a batch."""
@@ -90,12 +93,68 @@ class CausalLM(Protocol):
 
 
 @runtime_checkable
+class DualEncoder(Protocol):
+    """Pictures and texts in, vectors of one space out; `scale` times their cosine is a logit (CLIP).
+
+    `prompts` [depth, tokens, width] are learned tokens for the first `depth` layers (`stillhouse.parts.prompts`).
+    Calling it encodes pictures. `vision` is the module that does so, without the text encoder; `vision` and `text`
+    say the `width` of their tokens and how many `layers` they have, `text.words(text)` gives the embeddings of words.
+    """
+
+    vision: nn.Module
+    text: nn.Module
+    scale: Tensor
+
+    def __call__(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]: ...
+
+    def encode_image(
+        self, image: Float[Tensor, "batch channels height width"], prompts: Tensor | None = None
+    ) -> Float[Tensor, "batch features"]: ...
+
+    def encode_text(self, texts: Sequence[str], prompts: Tensor | None = None) -> Float[Tensor, "texts features"]: ...
+
+
+@runtime_checkable
 class GraphModel(Protocol):
     """Node features, edges, graph index and (optionally) a mask of the nodes to pool in; graph logits out."""
 
     def __call__(
         self, x: Tensor, edge_index: Tensor, batch: Tensor, pool_mask: Tensor | None = None, **extra: Tensor | None
     ) -> Float[Tensor, "graphs classes"]: ...
+
+
+@runtime_checkable
+class SpeechEncoder(Protocol):
+    """Mono sound in, hidden states out, with the interface of `transformers`: `.last_hidden_state`."""
+
+    def __call__(self, audio: Float[Tensor, "batch samples"]) -> Any: ...
+
+
+@runtime_checkable
+class Scene(Protocol):
+    """Scenes whose parameters are trained: which of them and through which cameras in, pictures out.
+
+    `stillhouse.models.scenes.SceneSet` is one; flat scenes (points, single pictures) ignore their cameras.
+    """
+
+    def __len__(self) -> int: ...
+
+    def render(
+        self, which: Int[Tensor, " batch"], cameras: Any = None, size: int = 64, look: Any = "colour",
+        jitter: Tensor | None = None,
+    ) -> Float[Tensor, "batch ..."]: ...
+
+
+@runtime_checkable
+class Density(Protocol):
+    """Samples in, log-densities in nats out (`log_prob`), and samples drawn exactly (`sample`).
+
+    `u` in [0, 1), of the shape of x, dequantises pictures; where it is None it is drawn, where there are none not read.
+    """
+
+    def log_prob(self, x: Float[Tensor, "batch ..."], u: Tensor | None = None) -> Float[Tensor, " batch"]: ...
+
+    def sample(self, n: int) -> Float[Tensor, "n ..."]: ...
 
 
 Network = Callable[[], nn.Module]
@@ -118,6 +177,14 @@ class LabelledImages(DataSet, Protocol):
     """Pictures with labels."""
 
 
+class AnyImages(DataSet, Protocol):
+    """Pictures, with labels (`label`) and a second modality or view (`other`) where the settings ask for them."""
+
+
+class DomainImages(DataSet, Protocol):
+    """Pictures and where each comes from; labels, if present, are not read."""
+
+
 class Samples(DataSet, Protocol):
     """Samples of a density, with `condition` where the model is conditional."""
 
@@ -130,17 +197,29 @@ class TokenPairs(DataSet, Protocol):
     """Prompt and response in one sequence; `target_mask` is 1 on the response."""
 
 
+class ClassNames(DataSet, Protocol):
+    """The names of classes, in the order of their labels."""
+
+
 class Graphs(DataSet, Protocol):
     """Graphs with discrete node labels and a class."""
+
+
+class SpeechData(DataSet, Protocol):
+    """Mono sound of one length; what is said, and by whom, is not read."""
 
 
 OFFERS: dict[Any, tuple[str, ...]] = {
     Images: ("image",),
     LabelledImages: ("image", "label"),
+    AnyImages: ("image",),
+    DomainImages: ("image", "domain"),
     Samples: ("x",),
     Conditions: ("condition",),
     TokenPairs: ("input_ids", "attention_mask", "target_mask"),
+    ClassNames: ("name",),
     Graphs: ("graph", "label"),
+    SpeechData: ("audio",),
 }
 """Which fields the items of each kind of data set must have."""
 
@@ -159,11 +238,30 @@ def _probe_causal_lm(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
 
 
+def _probe_dual_encoder(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    if not (hasattr(model, "encode_text") and hasattr(model, "scale")):
+        raise TypeError("it has no encode_text or no scale")
+    return model.encode_image(batch["image"])
+
+
+def _probe_speech_encoder(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    return model(batch["audio"]).last_hidden_state
+
+
+def _probe_density(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    if not hasattr(model, "sample"):
+        raise TypeError("it has no sample")
+    return model.log_prob(batch["x"])[:, None]
+
+
 PROBES: dict[Any, Callable[[Any, Mapping[str, Any]], Tensor]] = {
     Classifier: _probe_image,
     Encoder: _probe_image,
     Denoiser: _probe_denoiser,
+    Density: _probe_density,
     CausalLM: _probe_causal_lm,
+    SpeechEncoder: _probe_speech_encoder,
+    DualEncoder: _probe_dual_encoder,
 }
 """How one batch is sent through a model of each protocol."""
 
@@ -171,7 +269,10 @@ NEEDS: dict[Any, tuple[str, ...]] = {
     Classifier: ("image",),
     Encoder: ("image",),
     Denoiser: ("x",),
+    Density: ("x",),
     CausalLM: ("input_ids",),
+    SpeechEncoder: ("audio",),
+    DualEncoder: ("image",),
 }
 """Which batch fields the probe of a protocol reads."""
 

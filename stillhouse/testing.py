@@ -56,6 +56,7 @@ def build_inputs(distill: Callable[..., Any]) -> dict[str, Any]:
         protocols.Network: lambda: lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)),
         protocols.Images: lambda: TensorSet(image=torch.randn(22, 1, 8, 8)),
         protocols.LabelledImages: lambda: TensorSet(image=torch.randn(22, 1, 8, 8), label=torch.arange(22) % 4),
+        protocols.AnyImages: lambda: TensorSet(image=torch.randn(22, 1, 8, 8), label=torch.arange(22) % 4),
     }
     hints = typing.get_type_hints(distill)
     given: dict[str, Any] = {}
@@ -130,8 +131,11 @@ def _undisturbed(distill: Callable[..., Any], inputs: Inputs, folder: Path) -> s
             assert not left, f"gradients are left on '{name}': {left[:3]}"
     for name, was in data.items():
         assert fingerprint(given[name]) == was, f"the data set '{name}' was changed"
-    if isinstance(given.get("student"), nn.Module) and isinstance(target, nn.Module):
-        assert target is given["student"], "the student is trained in place and returned"
+    student = given.get("student")
+    if isinstance(student, nn.Module) and isinstance(target, nn.Module) and target is not student:
+        shared = {id(p) for p in student.parameters()} & {id(p) for p in target.parameters()}
+        assert shared and hasattr(target, "save"), ("the student is trained in place and returned, alone or as a part "
+                                                    "of a target with a save(folder)")
     return target_digest(target)
 
 

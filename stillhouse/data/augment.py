@@ -7,13 +7,13 @@ the same augmentation on every device. Pixels that come from outside of a pictur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stillhouse.errors import DataError, require
@@ -234,6 +234,85 @@ def random_tiles(
     columns = (corner[:, 1, None] + torch.arange(size[1], device=canvas.device)) % w
     picture = torch.arange(n, device=canvas.device)[:, None, None]
     return canvas.movedim(1, -1)[picture, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+# -------------------------------------------------------------------- RandAugment
+
+RAND_AUGMENT = ("identity", "autocontrast", "rotate", "solarize", "color", "contrast", "brightness", "sharpness",
+                "shear_x", "shear_y", "translate_x", "translate_y", "posterize")
+RAND_AUGMENT_GREY = ("identity", "rotate", "scale", "shear_x", "shear_y", "translate_x", "translate_y", "contrast",
+                     "brightness", "sharpness")
+_MOVES = ("rotate", "scale", "shear_x", "shear_y", "translate_x", "translate_y")
+
+
+def rand_augment(
+    images: Pictures,
+    choice: Int[Tensor, "batch ops"],
+    uniform: Float[Tensor, "batch ops"],
+    operations: Sequence[str] = RAND_AUGMENT,
+    strength: float = 1.0,
+) -> Pictures:
+    """RandAugment (Cubuk et al. 2020): each picture goes through `ops` operations, by number in `operations`.
+
+    `uniform`, in [0, 1), says how much of each. At strength 1: rotate up to 30 degrees, shear and translate up to 0.1,
+    scale by factors up to 1.2, solarize and posterize (4 to 8 bits) at any threshold, colour, contrast, brightness and
+    sharpness down to 0.05 of what they were; all in proportion to `strength`. Values are relative to the picture's own
+    range; what comes from outside takes its lowest value. The moves are resampled once, before the other operations
+    ("equalize" of the original is left out). Raises DataError for an unknown operation.
+    """
+    unknown = [o for o in operations if o not in (*RAND_AUGMENT, *_MOVES)]
+    require(bool(operations) and not unknown, f"unknown operation: {', '.join(unknown) or 'none given'}; choose from "
+            f"{', '.join(dict.fromkeys((*RAND_AUGMENT, *_MOVES)))}", DataError)
+    choice, uniform = choice.to(images.device), uniform.to(images)
+    low = images.amin((1, 2, 3), keepdim=True)
+    span = (images.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-8)
+    x = (images - low) / span
+    if any(o in _MOVES for o in operations):
+        x = affine(x, _moves(choice, uniform, operations, strength))
+    for j in range(choice.shape[1]):
+        for i, operation in enumerate(operations):
+            where = (choice[:, j] == i).nonzero().flatten()
+            if operation not in (*_MOVES, "identity") and len(where):
+                x = x.index_copy(0, where, _touched(operation, x[where], uniform[where, j], strength))
+    return x * span + low
+
+
+def _moves(choice: Tensor, uniform: Tensor, operations: Sequence[str], strength: float) -> Tensor:
+    """The product of the affine maps among each picture's operations."""
+    total = torch.eye(3).to(uniform).expand(len(choice), 3, 3)
+    for j in range(choice.shape[1]):
+        v = (2 * uniform[:, j] - 1) * strength
+        picked = {name: v * (choice[:, j] == operations.index(name)) if name in operations else torch.zeros_like(v)
+                  for name in _MOVES}
+        one, zero = torch.ones_like(v), torch.zeros_like(v)
+        turn = picked["rotate"] * (30 * math.pi / 180)
+        size = (picked["scale"] * math.log(1.2)).exp()
+        cos, sin = turn.cos() * size, turn.sin() * size
+        rows = [cos, 0.1 * picked["shear_x"] - sin, 0.2 * picked["translate_x"],
+                0.1 * picked["shear_y"] + sin, cos, 0.2 * picked["translate_y"], zero, zero, one]
+        total = total @ torch.stack(rows, -1).view(-1, 3, 3)
+    return total[:, :2]
+
+
+def _touched(operation: str, x: Tensor, uniform: Tensor, strength: float) -> Tensor:
+    """One operation on values in [0, 1]."""
+    kept = _each((1 - 0.95 * strength * uniform).clamp_min(0.05), x)
+    if operation == "autocontrast":
+        low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+        return (x - low) / (high - low).clamp_min(1e-8)
+    if operation == "solarize":
+        return torch.where(x > _each(1 - strength * uniform, x), 1 - x, x)
+    if operation == "posterize":
+        levels = _each(2 ** (8 - (4 * strength * uniform).round().clamp(0, 7)), x)
+        return (x * levels).floor().clamp_max(levels - 1) / (levels - 1)
+    if operation == "color":
+        return x * kept + x.mean(1, keepdim=True) * (1 - kept)
+    if operation == "contrast":
+        return x * kept + x.mean((1, 2, 3), keepdim=True) * (1 - kept)
+    if operation == "brightness":
+        return x * kept
+    padded = F.pad(x, [1] * 4, mode="replicate")
+    return x * kept + F.avg_pool2d(padded, 3, 1) * (1 - kept)
 
 
 # -------------------------------------------------------------------- whitening

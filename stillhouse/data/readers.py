@@ -20,16 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stillhouse.data.audio import read_sounds
 from stillhouse.data.densities import gauss2d
 from stillhouse.data.digits import corrupted_digits, digits
 from stillhouse.data.distilled import FILE as DISTILLED
 from stillhouse.data.distilled import DistilledSet
 from stillhouse.data.grammar import grammar
+from stillhouse.data.label_shift import dirichlet_proportions, draw_domains, with_styles
 from stillhouse.data.sets import TensorSet
-from stillhouse.data.shapes import shapes
+from stillhouse.data.shapes import coloured_names, coloured_shapes, shapes
 from stillhouse.data.text import pack_pairs, pack_plain
+from stillhouse.data.tones import tones
 from stillhouse.errors import ConfigError, DataError, UnknownNameError, require
-from stillhouse.protocols import OFFERS, Conditions, Samples, TokenPairs
+from stillhouse.protocols import OFFERS, ClassNames, Conditions, DomainImages, Samples, SpeechData, TokenPairs
 
 GRAPHS = "graphs.safetensors"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -42,14 +45,32 @@ def _motifs(split: str = "train", n: int | None = None, seed: int = 0) -> Tensor
     return motifs(split, n, seed)
 
 
+
+def _domain_digits(split: str = "train", n: int = 4000, size: int = 8, classes: int = 5, domains: int = 8,
+                   alpha: float = 0.5, condition: float = 8.0, styles: int = 0, seed: int = 0) -> TensorSet:
+    W = dirichlet_proportions(classes, domains, alpha, condition, seed)
+    drawn = draw_domains(digits(size, split), W, n, seed, noise=0.05).without("label")
+    return with_styles(drawn, styles, 2.0, seed, seed) if styles else drawn
+
+
+def _coloured_shapes(n: int = 1280, seed: int = 0, size: int = 32, background: Any = "texture", hue: float = 30.0,
+                     base: bool = False) -> TensorSet:
+    drawn = coloured_shapes(n, seed, size, background, hue)
+    return drawn.select((drawn.label < len(coloured_names()) // 2).nonzero().flatten()) if base else drawn
+
+
 EMBEDDED: dict[str, Callable[..., TensorSet]] = {
+    "coloured-shapes": _coloured_shapes,
+    "coloured-shape-names": lambda: TensorSet(name=coloured_names()),
     "digits": lambda split="train", size=8: digits(size, split),
     "corrupted-digits": lambda split="unlabelled", size=8, n=250, seed=0: corrupted_digits(n, size, split, seed),
+    "domain-digits": _domain_digits,
     "gauss2d": lambda n=4096, std=0.15, seed=0: gauss2d(n, std=std, seed=seed),
     "grammar": lambda split="train", n=800, seed=0: grammar(split, n, seed),
     "motifs": _motifs,
     "shapes": lambda n=1000, seed=0, size=32, background="plain", hue=0.0: shapes(n, seed, size, background=background,
                                                                                   hue=hue),
+    "tones": lambda n=1500, seed=0, noise=0.1, seconds=1.0: tones(n, seed, noise, seconds),
 }
 """Embedded sets by name, with the options that may follow the name."""
 
@@ -70,15 +91,17 @@ def read_data(
 
     - A folder: class subfolders give `image` and `label` (their names sorted), pictures alone give `image`. They are
       decoded when asked for (`ImageFolder`). A `DistilledSet` or `GraphSet` saved in a folder is given.
-    - `.npz` or `.safetensors`: arrays named `image` (and `label`) or `x` (and `condition`). Pictures of type uint8
+    - `.npz` or `.safetensors`: `image` (and `label`, `other`) or `x` (and `condition`). Pictures of type uint8
       are scaled from [0, 255] to [-1, 1], others kept; [n, h, w] and [n, h, w, channels] are understood.
     - `.jsonl`: one JSON object a line with texts `prompt` and `response`, or `text`. With a `tokenizer` they are
       packed into sequences of `length` tokens at most, without one they stay text for `tokenised`.
+    - `.txt`, for class names: one a line. The class subfolders of a folder of pictures are names too.
     - An embedded set: `digits`, `digits16:test`, `gauss2d:n=1000,seed=1`, `grammar:validation`. A file or folder of
       that name must be written `./digits`.
 
     `role_kind`, a data protocol of `stillhouse.protocols`, says which fields must be there; for `Samples` a picture
-    becomes `x` and, if `conditional`, its label `condition`; for `Conditions` the label alone is read. `size` is the
+    becomes `x` and, if `conditional`, its label `condition`; for `Conditions` the label alone is read; for
+    `DomainImages` the class subfolders, or labels, are domains unless there is a field `domain`. `size` is the
     wanted height and width of pictures: a larger or smaller one is scaled to cover the square, then cut to its middle.
     `channels` is 1 (grey) or 3 (RGB), for a folder by default 3 if any picture has colour. `limit_broken` is the part
     of the files (or lines) that may be unreadable: they are left out with a warning. `verify` pictures of a folder are
@@ -102,6 +125,8 @@ def read_data(
                         "label=…) or safetensors")
     elif not path.exists():
         raise _nothing(text)
+    elif path.is_dir() and role_kind is SpeechData:
+        data = read_sounds(path, size)
     elif path.is_dir():
         saved = [path / name for name in (DISTILLED, GRAPHS) if (path / name).is_file()]
         data = _saved_set(saved[0]) if saved else read_folder(
@@ -110,6 +135,8 @@ def read_data(
         data = _saved_set(path)
     elif path.suffix.lower() in (".npz", ".safetensors"):
         data = read_arrays(path)
+    elif path.suffix.lower() == ".txt" and role_kind is ClassNames:
+        data = read_names(path)
     elif path.suffix.lower() == ".jsonl":
         data = read_jsonl(path, limit_broken)
     else:
@@ -132,6 +159,10 @@ def for_role(data: Any, role_kind: Any, name: str = "the data", conditional: boo
         data = _renamed(data, {old: new for old, new in renamed.items() if new not in data.fields})
     if role_kind is Conditions:
         data = _without_samples(data)
+    if role_kind is ClassNames and isinstance(data, ImageFolder) and data.classes:
+        data = TensorSet(name=[c.replace("_", " ") for c in data.classes])
+    if role_kind is DomainImages and "domain" not in data.fields and "label" in data.fields:
+        data = _renamed(data, {"label": "domain"})
     needed = OFFERS.get(role_kind, ())
     if role_kind is TokenPairs and {"prompt", "text"} & set(data.fields):
         return data
@@ -194,6 +225,13 @@ class ImageFolder:
         if self.labels is not None:
             item[self.names["label"]] = int(self.labels[index])
         return item
+
+    def column(self, name: str) -> Tensor:
+        """The labels, under the name that they have here; pictures are not decoded for one field."""
+        require(self.labels is not None and name == self.names["label"], f"the pictures have no field '{name}' that "
+                "could be read without decoding them", DataError)
+        assert self.labels is not None
+        return self.labels
 
     def _picture(self, index: int) -> Tensor:
         for place in self._in_turn(index):
@@ -340,16 +378,19 @@ def read_arrays(path: Path | str) -> TensorSet:
     """
     path = Path(path).expanduser()
     arrays = _npz(path) if path.suffix.lower() == ".npz" else _safetensors(path)
-    main = next((name for name in ("image", "x", "condition") if name in arrays), "")
-    require(bool(main), f"{path} has no array named 'image', 'x' or 'condition' but {', '.join(arrays) or 'nothing'}; "
-            "name them, e.g. numpy.savez(path, image=images, label=labels)", DataError)
-    known = {name: value for name, value in arrays.items() if name in ("image", "x", "label", "condition")}
+    main = next((name for name in ("image", "audio", "x", "condition") if name in arrays), "")
+    require(bool(main), f"{path} has no array named 'image', 'audio', 'x' or 'condition' but "
+            f"{', '.join(arrays) or 'nothing'}; name them, e.g. numpy.savez(path, image=images, label=labels)",
+            DataError)
+    known = {name: value for name, value in arrays.items()
+             if name in ("image", "audio", "x", "label", "condition", "domain", "other")}
     lengths = {name: len(value) if value.dim() else 0 for name, value in known.items()}
     require(len(set(lengths.values())) == 1, f"the arrays of {path} differ in length: {lengths}", DataError)
     require(lengths[main] > 0, f"'{main}' of {path} is empty", DataError)
     fields: dict[str, Tensor] = {}
     for name, value in known.items():
-        fields[name] = _labels(value, name, path) if name == "label" else _values(value, name, path)
+        whole = name in ("label", "domain")
+        fields[name] = _labels(value, name, path) if whole else _values(value, name, path)
     return TensorSet(**fields)
 
 
@@ -397,19 +438,19 @@ def _labels(value: Tensor, name: str, path: Path) -> Tensor:
 def _values(value: Tensor, name: str, path: Path) -> Tensor:
     if name == "condition" and value.dim() == 1 and not value.is_floating_point():
         return value.long()
-    scaled = name == "image" and value.dtype == torch.uint8
+    scaled = name in ("image", "other") and value.dtype == torch.uint8
     value = value.float()
     finite = torch.isfinite(value.flatten(1) if value.dim() > 1 else value[:, None]).all(1)
     if not finite.all():
         raise DataError(f"'{name}' of {path} has NaN or infinite values in {int((~finite).sum())} of {len(value)} "
                         f"samples, the first at index {int((~finite).nonzero()[0])}")
-    if name != "image":
+    if name != "image" and not scaled:
         return value
     if value.dim() == 3:
         value = value[:, None]
     elif value.dim() == 4 and value.shape[1] not in (1, 3) and value.shape[-1] in (1, 3):
         value = value.permute(0, 3, 1, 2).contiguous()
-    require(value.dim() == 4, f"'image' of {path} must be [n, channels, height, width], got {tuple(value.shape)}; "
+    require(value.dim() == 4, f"'{name}' of {path} must be [n, channels, height, width], got {tuple(value.shape)}; "
             "samples of another shape are named 'x'", DataError)
     return value / 127.5 - 1 if scaled else value
 
@@ -450,6 +491,20 @@ def read_jsonl(path: Path | str, limit_broken: float = 0.0) -> TensorSet:
                 '{"prompt": "…", "response": "…"} or {"text": "…"}', DataError)
         warnings.warn(f"{said}. They are left out", stacklevel=2)
     return TensorSet(**{f: [row[f] for row in rows] for f in wanted})
+
+
+def read_names(path: Path | str) -> TensorSet:
+    """Class names from a text file, one a line in the order of the labels; empty lines are skipped.
+
+    Raises DataError for a file without names.
+    """
+    path = Path(path).expanduser()
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except ValueError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}") from error
+    require(bool(names), f"{path} holds no class names; write one a line", DataError)
+    return TensorSet(name=names)
 
 
 def tokenised(data: Any, tokenizer: Any, length: int = 512, prompt_length: int | None = None) -> TensorSet:
@@ -495,7 +550,8 @@ def read_embedded(text: str, size: int | None = None) -> TensorSet:
     for option in options:
         require(option in known, f"'{name}' has no option '{option}'; it has {', '.join(known)}", UnknownNameError)
     for option in set(options) - {"split"}:
-        require(isinstance(options[option], int | float), f"'{option}' of '{name}' is a number, not "
+        words = isinstance(known[option].default, str)
+        require(words or isinstance(options[option], int | float), f"'{option}' of '{name}' is a number, not "
                 f"{options[option]!r}", DataError)
     return make(**options)
 

@@ -88,6 +88,17 @@ def fetch(data: Any, indices: Sequence[int]) -> dict[str, Any]:
     return collate([{"index": i, **data[i]} for i in indices])
 
 
+def column(data: Any, name: str) -> Tensor:
+    """One field of every item of a set, stacked, through `data.column` where the set offers it (without decoding
+    pictures). Raises DataError for a field that is not there."""
+    if hasattr(data, "column"):
+        return data.column(name)
+    if isinstance(data, TensorSet):
+        require(name in data.data, f"the data has no field '{name}' (it has {', '.join(data.fields)})", DataError)
+        return data.data[name]
+    return collate([{name: data[i][name]} for i in range(len(data))])[name]
+
+
 def concatenate(*sets: Any) -> TensorSet:
     """One TensorSet with the items of several, over the fields they all have."""
     require(bool(sets), "nothing to concatenate", DataError)

@@ -21,6 +21,9 @@ COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.7, 0.2), "blue": (0.15, 
            "violet": (0.6, 0.2, 0.8), "white": (0.95, 0.95, 0.95)}
 """Names and RGB values of the colours; the field `colour` is the position in the list that `shapes` is given."""
 
+COLOURED = SHAPES[1:5]
+"""Shapes of `coloured_shapes`."""
+
 Background = Literal["plain", "gradient", "texture"]
 BACKGROUNDS = ("plain", "gradient", "texture")
 
@@ -76,6 +79,20 @@ def captions(data: Any, shapes: Sequence[str] = SHAPES[:4], colours: Sequence[st
     """What each picture shows, e.g. "red circle"."""
     pairs = zip(data.colour.tolist(), data.shape.tolist(), strict=True)
     return [f"{colours[c]} {shapes[s]}" for c, s in pairs]
+
+
+def coloured_names() -> list[str]:
+    """Sixteen classes, four shapes in four colours; either half of the list has every shape and every colour twice."""
+    pairs = [(c, s) for odd in (0, 1) for c in range(4) for s in range(4) if (c + s) % 2 == odd]
+    return [f"{list(COLOURS)[c]} {COLOURED[s]}" for c, s in pairs]
+
+
+def coloured_shapes(n: int, seed: int = 0, size: int = 32, background: Background = "texture",
+                    hue: float = 30.0) -> TensorSet:
+    """Pictures of `shapes` whose `label` is the colour and shape together, as a position in `coloured_names`."""
+    drawn = shapes(n, seed, size, COLOURED, background=background, hue=hue)
+    names = coloured_names()
+    return TensorSet(image=drawn.image, label=torch.tensor([names.index(name) for name in captions(drawn, COLOURED)]))
 
 
 def grey(images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:

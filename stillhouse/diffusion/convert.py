@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stillhouse.diffusion.process import expand
+from stillhouse.diffusion.process import Process, expand
 from stillhouse.errors import ConfigError, require
 
 Parameterisation = Literal["x0", "eps", "v", "flow", "edm", "trigflow", "joint"]
@@ -130,6 +130,30 @@ def score_of(
 def input_scale(alpha: Tensor, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
     """c_in = 1 / sqrt(alpha^2 sigma_data^2 + sigma^2): what gives a network's input unit variance."""
     return torch.rsqrt((alpha * sigma_data) ** 2 + sigma**2)
+
+
+def boundary_scales(
+    process: Process, t: Float[Tensor, " batch"], sigma_data: float = 1.0, kind: Parameterisation = "edm"
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """c_skip and c_out of a consistency model f = c_skip x_t + c_out F, with c_skip = 1 and c_out = 0 at t = 0.
+
+    With d = sigma_t - alpha_t sigma_0 / alpha_0, on x_t / alpha_t, and sigma_data as in edm:
+
+        c_skip = alpha_0 alpha_t sigma_data^2 / (d^2 + alpha_t^2 sigma_data^2)
+        c_out  = alpha_0 sigma_data d / sqrt(alpha_t^2 sigma_data^2 + sigma_t^2)
+
+    On VE these are those of Song et al. 2023 (arXiv 2303.01469), appendix C; with sigma_0 = 0 those of edm. F is the
+    network's output for edm, its negative for trigflow; for every other kind F is the estimate of x0, and
+    c_out = alpha_0 d / sqrt(d^2 + alpha_t^2 sigma_data^2) (Luo et al. 2023, arXiv 2310.04378, section 4.1).
+    """
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    alpha_0, sigma_0 = process.alpha(torch.zeros_like(t)), process.sigma(torch.zeros_like(t))
+    d, signal = sigma - alpha / alpha_0 * sigma_0, alpha * alpha * sigma_data**2
+    c_skip = alpha_0 * alpha * sigma_data**2 / (d**2 + signal)
+    if kind in ("edm", "trigflow"):
+        c_out = alpha_0 * sigma_data * d / (signal + sigma**2).sqrt()
+        return c_skip, c_out if kind == "edm" else -c_out
+    return c_skip, alpha_0 * d / (d**2 + signal).sqrt()
 
 
 def _edm(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stillhouse.diffusion.convert import PARAMETERISATIONS, Parameterisation, input_scale, to_x0
+from stillhouse.diffusion.convert import PARAMETERISATIONS, Parameterisation, boundary_scales, input_scale, to_x0
 from stillhouse.diffusion.process import Process, expand, process_of
 from stillhouse.errors import RoleError, require
 
@@ -19,6 +19,7 @@ class NetworkDenoiser(nn.Module):
     `sigma_data` is the standard deviation of the data; with `scale_input` the network sees x_t at unit variance
     (EDM's c_in; on a VP process with sigma_data = 1 it changes nothing). `bottleneck` is the path of the inner
     module whose output `features` returns; it defaults to the network's own attribute `bottleneck` or `mid_block`.
+    With `boundary` the estimate is that of a consistency model: at t = 0 it is x_t itself, whatever the weights.
     `null_condition` is one condition without a batch axis. Accepted times are [0, 1], for eps and v with sigma_t > 0.
     """
 
@@ -33,6 +34,7 @@ class NetworkDenoiser(nn.Module):
         scale_input: bool = True,
         null_condition: Tensor | None = None,
         bottleneck: str | None = None,
+        boundary: bool = False,
     ):
         super().__init__()
         require(parameterisation in PARAMETERISATIONS, f"unknown parameterisation {parameterisation!r}; known are "
@@ -44,6 +46,7 @@ class NetworkDenoiser(nn.Module):
         self.sigma_data = sigma_data
         self.scale_input = scale_input
         self.bottleneck = bottleneck
+        self.boundary = boundary
         self.register_buffer("null_condition", null_condition, persistent=False)
 
     def output(
@@ -59,7 +62,13 @@ class NetworkDenoiser(nn.Module):
     ) -> Float[Tensor, "batch ..."]:
         """The estimate of x0."""
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        return to_x0(self.parameterisation, self.output(x_t, t, condition), x_t, alpha, sigma, self.sigma_data)
+        output = self.output(x_t, t, condition)
+        if not self.boundary:
+            return to_x0(self.parameterisation, output, x_t, alpha, sigma, self.sigma_data)
+        if self.parameterisation not in ("edm", "trigflow"):
+            output = to_x0(self.parameterisation, output, x_t, alpha, sigma, self.sigma_data)
+        c_skip, c_out = boundary_scales(self.process, t, self.sigma_data, self.parameterisation)
+        return expand(c_skip, x_t) * x_t + expand(c_out, x_t) * output
 
     def features(
         self, x_t: Float[Tensor, "batch ..."], t: Float[Tensor, " batch"], condition: Tensor | None = None
@@ -87,7 +96,9 @@ class NetworkDenoiser(nn.Module):
     def spec(self) -> dict[str, Any]:
         """Everything but the weights, as numbers, strings and lists."""
         null = self.null_condition
+        boundary = {"boundary": True} if self.boundary else {}
         return {
+            **boundary,
             "process": self.process.spec(),
             "parameterisation": self.parameterisation,
             "sigma_data": self.sigma_data,

@@ -169,6 +169,19 @@ def smoothed_data(
     return GaussianMixture(process, x.flatten(1), torch.full((len(x),), std), labels=labels, shape=tuple(x.shape[1:]))
 
 
+def particle_x0(
+    particles: Float[Tensor, "particles ..."],
+    x_t: Float[Tensor, "batch ..."],
+    alpha: Float[Tensor, " batch"],
+    sigma: Float[Tensor, " batch"],
+) -> Float[Tensor, "batch ..."]:
+    """E[x | x_t] where x is one of the particles, each as likely: the exact denoiser of the mixture of
+    N(alpha x_i, sigma^2), hence the closed-form score of a set of particles."""
+    flat, own = x_t.flatten(1), particles.flatten(1)
+    squared = (flat[:, None] - alpha[:, None, None] * own).square().sum(2)
+    return ((-0.5 * squared / sigma[:, None] ** 2).softmax(1) @ own).view_as(x_t)
+
+
 def fit_class_mixture(
     process: Process,
     x: Float[Tensor, "samples ..."],

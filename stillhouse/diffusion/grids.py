@@ -72,6 +72,17 @@ def level_times(process: Process, index: Int[Tensor, " batch"], total: int = 100
     return index.to(torch.get_default_dtype()) / (total - 1)
 
 
+def two_phase_times(
+    u: Float[Tensor, " batch"], progress: float, bounds: tuple[float, float], late: float, switch: float
+) -> Float[Tensor, " batch"]:
+    """Times from uniform u: over `bounds` at first, from the fraction `switch` of the steps on only up to `late`.
+
+    Wang et al. 2023 (arXiv 2305.16213), section 4.3: large times give the layout, small ones the details.
+    """
+    low, high = bounds[0], late if progress >= switch else bounds[1]
+    return low + (high - low) * u
+
+
 def check_times(times: Sequence[float]) -> Times:
     """The times as a tuple. Raises ConfigError unless they fall from at most 1 to exactly 0."""
     times = tuple(float(t) for t in times)

@@ -6,12 +6,14 @@ Scale 1 is no guidance. A paper's w with (1 + w) cond - w uncond is scale 1 + w 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from stillhouse.diffusion.convert import eps_of
 from stillhouse.errors import RoleError
 from stillhouse.protocols import Denoiser
 
@@ -56,3 +58,16 @@ class Guided(nn.Module):
 def null_like(null_condition: Tensor, condition: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
     """One null condition (no batch axis) repeated for every sample of `condition`."""
     return null_condition.to(condition.device, condition.dtype).expand_as(condition)
+
+
+def noise_predictions(
+    process: Any, x_t: Float[Tensor, "batch ..."], t: Float[Tensor, " batch"], **x0: Callable[[], Tensor]
+) -> dict[str, Callable[[], Tensor]]:
+    """Named estimates of x0 as the noise they imply, each made only when it is asked for: what
+    `stillhouse.measures.score_distillation` combines."""
+    alpha, sigma = process.alpha(t), process.sigma(t)
+
+    def reading(estimate: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: eps_of(estimate(), x_t, alpha, sigma)
+
+    return {name: reading(estimate) for name, estimate in x0.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,7 +24,7 @@ from stillhouse.diffusion.process import Process, expand
 from stillhouse.errors import StoreError, require
 from stillhouse.protocols import Denoiser
 
-Mode = Literal["ddim", "renoise"]
+Mode = Literal["ddim", "renoise", "consistency"]
 Noise = Callable[[Tensor], Tensor]
 
 
@@ -156,22 +157,28 @@ def renoise_chain(
     times: Sequence[float],
     condition: Tensor | None = None,
     noise: Noise = torch.randn_like,
+    from_start: bool = False,
 ) -> Float[Tensor, "batch ..."]:
     """Denoise, then noise x0 afresh to the next of `times`; returns the sample at the last of them.
 
     With times[:k + 1] this is backward simulation: the input that a k-th step sees at test (Yin et al. 2024).
+    `from_start` takes x0 for a point of the process at t = 0, which has the noise sigma_0 already: on VE it adds
+    sqrt(sigma_s^2 - sigma_0^2) eps, the multistep sampler of consistency models (Song et al. 2023, algorithm 1).
     """
     process = denoiser.process
     for t, s in pairwise(times):
-        x0 = denoiser(x_t, at(t, x_t), condition)
-        x_t = x0 if s == 0 else process.noise(x0, at(s, x_t), noise(x_t))
+        x_t = denoiser(x_t, at(t, x_t), condition)
+        if s > 0:
+            again = partial(process.renoise, x_t, at(0.0, x_t)) if from_start else partial(process.noise, x_t)
+            x_t = again(at(s, x_t), noise(x_t))
     return x_t
 
 
 class FewStepSampler:
     """Noise in, samples out, in len(times) - 1 calls of a denoiser.
 
-    `mode`: "ddim" steps deterministically; "renoise" draws fresh noise between steps. `clip` bounds every x0
+    `mode`: "ddim" steps deterministically; "renoise" draws fresh noise between steps; "consistency" does too, for a
+    consistency model, whose output has the noise sigma_0 already. `clip` bounds every x0
     estimate to [-clip, clip], for pictures.
     """
 
@@ -196,7 +203,7 @@ class FewStepSampler:
         x_t, denoiser = self.denoiser.process.prior(z), _Clipped(self.denoiser, self.clip)
         if self.mode == "ddim":
             return ddim_rollout(denoiser, x_t, self.times, condition)
-        return renoise_chain(denoiser, x_t, self.times, condition, noise)
+        return renoise_chain(denoiser, x_t, self.times, condition, noise, self.mode == "consistency")
 
     def save(self, folder: Path | str) -> Path:
         """Write weights and settings into `folder`; `FewStepSampler.load(folder, network)` reads them.

@@ -80,6 +80,20 @@ def rmse(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> float:
     return (x - y).double().square().flatten(1).sum(1).mean().sqrt().item()
 
 
+@torch.no_grad()
+def mean_distance(x: Float[Tensor, "n ..."]) -> float:
+    """The mean distance between two of the samples: diversity, 0 where all are one. Raises DataError below two."""
+    x, _ = _pair(x, x)
+    return _distances(x, x) / (len(x) * (len(x) - 1))
+
+
+@torch.no_grad()
+def nearest_real(x: Float[Tensor, "n ..."], real: Float[Tensor, "m ..."]) -> float:
+    """The mean distance from a sample to the nearest real one: fidelity. Raises DataError like `energy_distance`."""
+    x, real = _pair(x, real)
+    return torch.cdist(x, real, compute_mode="donot_use_mm_for_euclid_dist").amin(1).mean().item()
+
+
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     require(min(len(x), len(y)) >= 2 and x.shape[1:] == y.shape[1:], "two sets of two or more samples of one shape "
             f"are compared, got {tuple(x.shape)} and {tuple(y.shape)}", DataError)

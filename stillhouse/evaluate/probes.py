@@ -14,14 +14,15 @@ from stillhouse.run import frozen
 
 
 def extract(
-    encoder: nn.Module, data: Any, batch: int = 512, device: torch.device | str = "cpu"
+    encoder: nn.Module, data: Any, batch: int = 512, device: torch.device | str = "cpu", field: str = "image"
 ) -> Float[Tensor, "n features"]:
-    """Features of the whole set, on the CPU; the encoder in eval mode, without gradient, left as it was."""
+    """Features of the whole set, on the CPU; the encoder in eval mode, without gradient, left as it was. `field` is the
+    batch field that it is given."""
     require(len(data) > 0, "there is nothing to encode: the set is empty", DataError)
     rows = []
     with frozen(encoder), torch.no_grad():
         for start in range(0, len(data), batch):
-            images = fetch(data, range(start, min(start + batch, len(data))))["image"].to(device)
+            images = fetch(data, range(start, min(start + batch, len(data))))[field].to(device)
             rows.append(encoder(images).flatten(1).float().cpu())
     return torch.cat(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from stillhouse.diffusion.convert import Parameterisation
 from stillhouse.diffusion.denoise import NetworkDenoiser
 from stillhouse.diffusion.grids import trailing
-from stillhouse.diffusion.process import Flow, Process, VPTable
+from stillhouse.diffusion.process import VE, Flow, Process, VPTable
 from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import RoleError, StoreError
 from stillhouse.store import write_text
@@ -38,7 +39,10 @@ class DiffusersNetwork(nn.Module):
     def forward(
         self, x_t: Float[Tensor, "batch ..."], t: Float[Tensor, " batch"], condition: Tensor | None = None
     ) -> Float[Tensor, "batch ..."]:
-        timestep = self.process.timestep(t) if isinstance(self.process, VPTable) else t * self.timesteps
+        if isinstance(self.process, VE):
+            timestep = 0.25 * self.timesteps * self.process.sigma(t).log()
+        else:
+            timestep = self.process.timestep(t) if isinstance(self.process, VPTable) else t * self.timesteps
         match type(self.model).__name__:
             case "UNet2DConditionModel":
                 given: dict[str, Any] = _text_condition(self.model, condition)
@@ -55,7 +59,9 @@ def from_diffusers(
 ) -> NetworkDenoiser:
     """A `diffusers` network and the scheduler it was trained with, as a Denoiser.
 
-    prediction_type epsilon, sample, v_prediction and flow_prediction are understood, and flow-matching schedulers.
+    prediction_type epsilon, sample, v_prediction and flow_prediction are understood, and flow-matching schedulers; so
+    are EDM schedulers (c_noise = ln(sigma) / 4) and CMStochasticIterativeScheduler (a thousand times that), which makes
+    a consistency model.
     `quantise` moves times to the scheduler's integer timesteps. The null condition of a DiT is its extra class; give
     that of other networks (for text the embedding of the empty prompt, for SDXL zeros). `features` reads the
     mid_block, of a DiT the middle block. A DiT drops labels at random in train mode: distil it in eval mode.
@@ -63,6 +69,9 @@ def from_diffusers(
     Raises RoleError on a scheduler or prediction type that is not understood.
     """
     config = scheduler.config
+    if type(scheduler).__name__ in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler",
+                                    "CMStochasticIterativeScheduler"):
+        return _edm(model, scheduler, null_condition)
     if "FlowMatch" in type(scheduler).__name__:
         process: Process = Flow()
         prediction = "flow_prediction"
@@ -94,12 +103,15 @@ def save_pretrained(sampler: FewStepSampler, folder: Path | str) -> Path:
     """Write a sampler for `diffusers`: the network in `network`, its scheduler in `scheduler`, and `timesteps.json`.
 
     Mode "ddim" becomes a DDIMScheduler with trailing spacing, which needs the uniform times of that many steps; mode
-    "renoise" an LCMScheduler, to be called with the listed timesteps. A clipping sampler needs the DDIM pipeline's
-    use_clipped_model_output=True. Raises StoreError on other samplers.
+    "renoise" an LCMScheduler, to be called with the listed timesteps; mode "consistency" on a VE process the
+    CMStochasticIterativeScheduler of a ConsistencyModelPipeline, to be called with them too. A clipping sampler needs
+    the DDIM pipeline's use_clipped_model_output=True. Raises StoreError on other samplers.
     """
     from diffusers import DDIMScheduler, LCMScheduler
 
     denoiser, folder = sampler.denoiser, Path(folder)
+    if sampler.mode == "consistency":
+        return _save_consistency(sampler, folder)
     if not (isinstance(denoiser, NetworkDenoiser) and isinstance(denoiser.network, DiffusersNetwork)
             and isinstance(denoiser.process, VPTable)):
         raise StoreError("only a sampler of a diffusers network on a discrete schedule can be written for diffusers; "
@@ -127,6 +139,42 @@ def save_pretrained(sampler: FewStepSampler, folder: Path | str) -> Path:
     return folder
 
 
+def _edm(model: Any, scheduler: Any, null_condition: Tensor | None) -> NetworkDenoiser:
+    config = scheduler.config
+    consistency = type(scheduler).__name__.startswith("CM")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction") or config.get("sigma_schedule", "karras") != "karras":
+        raise RoleError(f"an EDM scheduler with prediction_type {prediction!r} and sigma_schedule "
+                        f"{config.get('sigma_schedule')!r} is not understood; known are epsilon, v_prediction; karras")
+    process = VE(config.sigma_min, config.sigma_max, config.rho)
+    return NetworkDenoiser(
+        DiffusersNetwork(model, process, 1000 if consistency else 1), process,
+        "edm" if prediction == "epsilon" else "trigflow", config.sigma_data, null_condition=null_condition,
+        bottleneck=_bottleneck(model), boundary=consistency)
+
+
+def _save_consistency(sampler: FewStepSampler, folder: Path) -> Path:
+    from diffusers import CMStochasticIterativeScheduler
+
+    denoiser: Any = sampler.denoiser
+    network, process = getattr(denoiser, "network", None), denoiser.process
+    if not (isinstance(network, DiffusersNetwork) and network.timesteps == 1000 and isinstance(process, VE)
+            and denoiser.parameterisation == "edm" and denoiser.boundary and sampler.clip in (None, 1.0)):
+        raise StoreError("only a consistency model of a diffusers network that was read with a "
+                         "CMStochasticIterativeScheduler, clipped to [-1, 1] or not at all, can be written for "
+                         "diffusers; sampler.save(folder) writes any")
+    total = next((n for n in (40, 1001, 10_001) if all(abs(t * (n - 1) - round(t * (n - 1))) < 1e-3
+                                                       for t in sampler.times)), 1_000_001)
+    scheduler: Any = CMStochasticIterativeScheduler(
+        total, process.sigma_min, process.sigma_max, denoiser.sigma_data, rho=process.rho,
+        clip_denoised=sampler.clip is not None)
+    model: Any = network.model
+    model.save_pretrained(folder / "network")
+    scheduler.save_pretrained(folder / "scheduler")
+    write_text(folder / "timesteps.json", json.dumps([round((1 - t) * (total - 1)) for t in sampler.times[-2::-1]]))
+    return folder
+
+
 def _text_condition(model: Any, condition: Tensor | None) -> dict[str, Any]:
     if condition is None:
         raise RoleError("a UNet2DConditionModel needs text embeddings as its condition, got None")
@@ -143,3 +191,44 @@ def _bottleneck(model: Any) -> str | None:
         return "model.mid_block"
     blocks = getattr(model, "transformer_blocks", None)
     return f"model.transformer_blocks.{len(blocks) // 2}" if blocks else None
+
+
+class TextToImage(NetworkDenoiser):
+    """A StableDiffusionPipeline as the Denoiser of its latents, with the way into them.
+
+    `encode` gives the latents of pictures, with gradient; `embed` the conditions of texts. The null condition is the
+    empty text. Text encoder and VAE are part of the module, so that they are frozen and moved with it.
+    Raises RoleError for a pipeline without them.
+    """
+
+    network: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+
+    def __init__(self, pipeline: Any, quantise: bool = True):
+        parts = {name: getattr(pipeline, name, None) for name in ("unet", "scheduler", "vae", "text_encoder",
+                                                                 "tokenizer")}
+        absent = [name for name, part in parts.items() if part is None]
+        if absent:
+            raise RoleError(f"{type(pipeline).__name__} lacks {' and '.join(absent)}; give that of Stable Diffusion")
+        inner = from_diffusers(parts["unet"], parts["scheduler"], quantise=quantise)
+        super().__init__(inner.network, inner.process, inner.parameterisation, scale_input=False,
+                         null_condition=torch.zeros(1), bottleneck=inner.bottleneck)
+        self.vae, self.text_encoder, self.tokenizer = parts["vae"], parts["text_encoder"], parts["tokenizer"]
+        self.null_condition = self.embed([""])[0]
+
+    def encode(self, pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
+        """The scaled latents (their mean) of pictures in [-1, 1], which are brought to the pipeline's size."""
+        reduced = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        size = getattr(self.network.model.config, "sample_size", None)
+        if size is not None and pictures.shape[-1] != size * reduced:
+            pictures = nn.functional.interpolate(pictures, (size * reduced,) * 2, mode="bilinear", align_corners=False)
+        return self.vae.encode(pictures).latent_dist.mode() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts tokens width"]:
+        """The text embeddings that the network is conditioned on."""
+        ids = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt",
+                             max_length=self.tokenizer.model_max_length).input_ids
+        return self.text_encoder(ids.to(self.text_encoder.device))[0]

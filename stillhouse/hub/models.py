@@ -20,8 +20,11 @@ from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import ConfigError, DamagedFileError, RoleError, UnknownNameError, require
 from stillhouse.hub.refusals import PICKLE, looks_foreign
 from stillhouse.models import convnets, gnn, language
+from stillhouse.parts.packed import LAYOUT as QUANTIZED
+from stillhouse.parts.packed import QuantizedModel
+from stillhouse.parts.surgeon import FILE as PRUNED
 from stillhouse.parts.taps import taps
-from stillhouse.protocols import CausalLM, Denoiser, Network
+from stillhouse.protocols import CausalLM, Denoiser, Density, DualEncoder, Network, SpeechEncoder
 from stillhouse.run.seeds import derive, preserved, reseed
 from stillhouse.store import load_tree
 
@@ -53,7 +56,8 @@ def resolve_model(
     - `weights.safetensors`, or a folder in which Stillhouse saved a target (the run's folder will do): weights for the
       network that `arch`, another `module:callable` or `hf:NAME`, builds.
     - `zoo:NAME`, optionally with options: a loader of the mapping `zoo`.
-    - `hf:NAME_OR_FOLDER`: an image classifier, an encoder or a causal language model of `transformers`, by the role;
+    - `hf:NAME_OR_FOLDER`: an image classifier, an encoder, a causal language model or a dual encoder (CLIP, SigLIP) of
+      `transformers`, by the role;
       `hf:NAME:num_labels=10` puts a new last layer on a classifier.
     - `diffusers:FOLDER`: a network and its scheduler as a Denoiser.
     - An embedded network with fresh weights, optionally with options: `convnet:width=32,image_size=16` (`EMBEDDED`).
@@ -90,9 +94,24 @@ def _model(text: str, kind: Any, arch: str | None, zoo: Mapping[str, Callable[..
         from stillhouse.hub.transformers import load
 
         name, _, options = rest.partition(":")
+        if kind is SpeechEncoder:
+            from stillhouse.hub import speech
+
+            require(not options, f"a speech encoder takes no options, got {options}", RoleError)
+            return speech.load(name)
+        if kind is DualEncoder:
+            from stillhouse.hub.dual_encoders import load_dual
+
+            require(not options, f"a dual encoder takes no options, got {options}", RoleError)
+            return load_dual(name)
         return load(name, kind, **(parse_options(options) if options else {}))
     if path.suffix.lower() in PICKLES:
         raise RoleError(f"{path}: {PICKLE}")
+    pruned = [p for p in (path, path / "target") if (p / PRUNED).is_file()]
+    if pruned:
+        from stillhouse.hub.speech import load_pruned
+
+        return load_pruned(pruned[0])
     if path.suffix == ".safetensors" or path.is_dir():
         return _with_weights(_weights_file(path), arch)
     if path.exists():
@@ -208,6 +227,8 @@ def _with_weights(path: Path, arch: str | None) -> Any:
     build = _factory(arch, {})
     if (path.parent / "sampler.json").is_file():
         return FewStepSampler.load(path.parent, build()).denoiser
+    if (path.parent / QUANTIZED).is_file():
+        return QuantizedModel.load(path.parent, build()).model
     return load_weights(build(), path)
 
 
@@ -256,6 +277,13 @@ def fit_role(model: Any, kind: Any, name: str) -> Any:
     if kind is Denoiser and not hasattr(model, "process"):
         raise RoleError(f"'{name}' ({type(model).__name__}) is no Denoiser: it has no `process` that says how pictures "
                         "are noised. Wrap it in stillhouse.diffusion.denoise.NetworkDenoiser, or give diffusers:FOLDER")
+    if kind is DualEncoder and not (hasattr(model, "encode_image") and hasattr(model, "encode_text")):
+        raise RoleError(f"'{name}' ({type(model).__name__}) is no dual encoder: it has no encode_image and encode_text."
+                        " Give hf:FOLDER, or wrap a CLIPModel with its tokenizer in "
+                        "stillhouse.hub.dual_encoders.adapt_dual")
+    if kind is Density and not (hasattr(model, "log_prob") and hasattr(model, "sample")):
+        raise RoleError(f"'{name}' ({type(model).__name__}) is no density: it has no log_prob and sample. Give one, "
+                        "e.g. stillhouse.models.flows:picture_flow, or wrap a flow in its FlowDensity")
     if kind is CausalLM and not hasattr(model, "generate"):
         raise RoleError(f"'{name}' ({type(model).__name__}) is no causal language model: it has no `generate`")
     if getattr(kind, "__name__", "") in ("Classifier", "Encoder"):

@@ -50,15 +50,19 @@ def nt_xent(
     temperature: float = 0.1,
     weight: Float[Tensor, " n"] | None = None,
     reduction: Reduction = "mean",
+    queue: Float[Tensor, "q features"] | None = None,
 ) -> Tensor:
     """NT-Xent (Chen et al. 2020, equation 1): 2n x 2n similarities without the diagonal, both directions.
 
-    "none" returns one loss per pair: the mean of its two directions. One pair alone gives 0.
+    "none" returns one loss per pair: the mean of its two directions. One pair alone gives 0. `queue` adds negatives
+    to all (the memory of SimCLR v2).
     """
     _check(a, b, temperature)
     n = len(a)
     z = F.normalize(torch.cat([a, b]), dim=-1)
     logits = (z @ z.T / temperature).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf)
+    if queue is not None:
+        logits = torch.cat([logits, z @ F.normalize(queue.to(z), dim=-1).T / temperature], 1)
     target = torch.arange(2 * n, device=z.device).roll(n)
     losses = F.cross_entropy(logits, target, reduction="none")
     return reduce_samples((losses[:n] + losses[n:]) / 2, weight, reduction=reduction)

@@ -44,3 +44,23 @@ def gradient_distance(
     require(bool(units), "cosine matching needs a parameter with at least two dimensions; use form='squared'",
             ConfigError)
     return torch.stack([(1 - F.cosine_similarity(s, r, dim=1, eps=1e-6)).sum() for s, r in units]).sum()
+
+
+def hidden_distance(
+    student: Float[Tensor, "batch frames width"],
+    teacher: Float[Tensor, "batch frames width"],
+    l1: float = 1.0,
+    cosine: float = 1.0,
+    squared: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Distance of hidden states: l1 |s - t| + squared (s - t)^2 - cosine cos(s, t), the first two averaged over
+    everything, the cosine over features and averaged over batch and frames (DPHuBERT, Peng et al. 2023, equation 2).
+
+    Equal states give -`cosine`. Raises ConfigError for shapes that differ.
+    """
+    require(student.shape == teacher.shape, f"the student's hidden states are {tuple(student.shape)}, the teacher's "
+            f"{tuple(teacher.shape)}; bring them to one width by a projection", ConfigError)
+    distance = l1 * (student - teacher).abs().mean()
+    if squared:
+        distance = distance + squared * (student - teacher).square().mean()
+    return distance - cosine * F.cosine_similarity(student, teacher, dim=-1).mean()

@@ -36,6 +36,19 @@ def projector(features: int, hidden: int, out: int, layers: int = 2, norm: bool 
     return mlp(features, *[hidden] * (layers - 1), out, norm=norm)
 
 
+def normed_projector(features: int, out: int = 128, layers: int = 3) -> nn.Sequential:
+    """Projection head of SimCLR v2 (Chen et al. 2020b, section 2): `layers` linear layers without bias, all but the
+    last as wide as the encoder's features, a BatchNorm after each (the last one without shift), ReLU between them."""
+    require(min(features, out, layers) >= 1, f"features, out and layers must be at least 1; got {features}, {out}, "
+            f"{layers}")
+    parts: list[nn.Module] = []
+    for _ in range(layers - 1):
+        parts += [nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
+    last = nn.BatchNorm1d(out)
+    last.register_parameter("bias", None)
+    return nn.Sequential(*parts, nn.Linear(features, out, bias=False), last)
+
+
 def predictor(features: int, hidden: int, norm: bool = False) -> nn.Sequential:
     """Prediction head q of two layers that keeps the width (BYOL, Grill et al. 2020, section 3.1)."""
     return mlp(features, hidden, features, norm=norm)
@@ -64,6 +77,72 @@ class Projected(nn.Module):
         return self.projector(self.encode(image))
 
 
+class ClusterNet(nn.Module):
+    """An encoder with `count` linear heads side by side, each with its own guess at `clusters` clusters.
+
+    Features are multiplied by the buffer `scale` before the heads; the reciprocal of their standard deviation lets a
+    head start at a learning rate that does not depend on the encoder.
+    """
+
+    scale: Tensor
+
+    def __init__(self, encoder: nn.Module, features: int, clusters: int, count: int = 1):
+        super().__init__()
+        require(clusters >= 2 and count >= 1, f"clusters must be 2 or more and heads 1 or more; got {clusters} and "
+                f"{count}")
+        self.encoder, self.clusters, self.count = encoder, clusters, count
+        self.heads = nn.Linear(features, count * clusters)
+        self.register_buffer("scale", torch.ones(()))
+
+    def classify(self, features: Float[Tensor, "n features"]) -> Float[Tensor, "n heads clusters"]:
+        return self.heads(features * self.scale).unflatten(1, (self.count, self.clusters))
+
+    def forward(self, image: Tensor) -> Float[Tensor, "n heads clusters"]:
+        """Logits of every head."""
+        return self.classify(self.encoder(image).flatten(1))
+
+
+class Cut(nn.Module):
+    """An encoder f, the first layers of its projection head, and a linear classifier on top.
+
+    `features` gives what the classifier reads; calling it gives the logits.
+    """
+
+    def __init__(self, encoder: nn.Module, kept: nn.Module, linear: nn.Linear):
+        super().__init__()
+        self.encoder, self.kept, self.linear = encoder, kept, linear
+
+    def features(self, image: Tensor) -> Float[Tensor, "n features"]:
+        return self.kept(self.encoder(image).flatten(1))
+
+    def forward(self, image: Tensor) -> Float[Tensor, "n classes"]:
+        return self.linear(self.features(image))
+
+
+def first_layers(head: nn.Module, k: int) -> nn.Sequential:
+    """The modules of a head (an nn.Sequential, nested or not) up to its linear layer k + 1: k linear layers with the
+    normalisations and activations behind them. Raises RoleError if the head has fewer than k."""
+    leaves = [m for m in head.modules() if not isinstance(m, nn.Sequential)]
+    starts = [i for i, m in enumerate(leaves) if isinstance(m, nn.Linear)]
+    require(0 <= k <= len(starts), f"a head of {len(starts)} linear layers cannot be cut after layer {k}", RoleError)
+    return nn.Sequential(*leaves[: ([*starts, len(leaves)])[k]])
+
+
+def classifier_from_head(model: Projected, classes: int, features: int, layer: int = 1) -> Cut:
+    """A classifier that keeps the first `layer` layers of the projection head (SimCLR v2, section 2: 1; v1: 0).
+
+    `features` is the width of the encoder's vectors. Encoder and head are copied; the classifier starts at zero.
+    Raises RoleError if the head has fewer layers.
+    """
+    encoder, head = copy.deepcopy((model.encoder, model.projector))
+    kept = first_layers(head, layer)
+    widths = [m.out_features for m in kept if isinstance(m, nn.Linear)]
+    linear = nn.Linear(([features, *widths])[-1], classes).to(next(model.parameters()))
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return Cut(encoder, kept, linear)
+
+
 @torch.no_grad()
 def feature_width(encoder: nn.Module, image: Tensor) -> int:
     """Length of the feature vector that `encoder` gives for one picture; the encoder is left as it was."""
@@ -90,3 +169,13 @@ def replace_head(model: nn.Module, classes: int | None = None) -> tuple[nn.Modul
     head: nn.Module = nn.Identity() if classes is None else nn.Linear(old.in_features, classes).to(old.weight)
     setattr(body.get_submodule(parent), leaf, head)
     return body, head
+
+
+def identity_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer that passes its input on: identity weight and zero bias. Where the widths differ there is no
+    identity, and the layer starts at random."""
+    linear = nn.Linear(inputs, outputs)
+    if inputs == outputs:
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import nn
 
 from stillhouse.errors import require
 from stillhouse.measures.divergences import kl
-from stillhouse.protocols import Classifier, LabelledImages
+from stillhouse.protocols import Classifier, Images, LabelledImages
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
 from stillhouse.run import Run, begin, frozen, set_lr
 from stillhouse.run.check import first_batch
@@ -22,7 +22,7 @@ from stillhouse.run.schedules import warmup_cosine
 class Config:
     steps: int = 1000  # optimiser steps
     batch: int = 64  # pictures a step
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum 0.9, or AdamW
+    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"  # SGD with momentum 0.9, AdamW, or LARS with momentum 0.9
     lr: float = 0.1  # peak learning rate; a cosine to 0
     warmup: float = 0.05  # part of the steps in which the learning rate rises
     weight_decay: float = 5e-4  # lambda
@@ -38,15 +38,25 @@ class Config:
 def distill(
     teacher: Classifier,
     student: Classifier,
-    labelled: LabelledImages,
+    labelled: LabelledImages | None,
     config: Config = Config(),
     run: Run | None = None,
     view: View | None = None,
+    unlabelled: Images | None = None,
 ) -> nn.Module:
-    """L = (1 - alpha) CE(y, z_s) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T)), both on the same view."""
+    """L = (1 - alpha) CE(y, z_s) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T)), both on the same view.
+
+    With `unlabelled`, the teacher's term is taken on batches of those pictures and the labels' term on batches of
+    `labelled` (needed for alpha < 1 only); a term of weight 0 is not computed.
+    """
     run = begin(run)
-    run.check(Classifier, labelled, teacher=teacher, student=student)
-    first_batch(labelled, ("image", "label"))
+    for given in (labelled, unlabelled):
+        if given is not None:
+            run.check(Classifier, given, teacher=teacher, student=student)
+    if unlabelled is None or config.alpha < 1:
+        first_batch(labelled, ("image", "label"))
+    if labelled is None or unlabelled is not None:
+        return _apart(teacher, student, labelled, unlabelled, config, run, view)
     assert isinstance(student, nn.Module)
     optimizer = optimizer_for(student.parameters(), config.optimizer, config.lr, config.weight_decay)
     student.train()
@@ -61,4 +71,30 @@ def distill(
             ce = F.cross_entropy(logits, batch["label"])
             run.update(optimizer, ce=(1 - config.alpha) * ce,
                        kd=config.alpha * kl(target, logits, config.temperature))
+    return student
+
+
+def _apart(teacher: Classifier, student: Classifier, labelled: LabelledImages | None, unlabelled: Images | None,
+           config: Config, run: Run, view: View | None) -> nn.Module:
+    """The two terms on batches of their own."""
+    assert isinstance(student, nn.Module)
+    optimizer = optimizer_for(student.parameters(), config.optimizer, config.lr, config.weight_decay)
+    weights = {"ce": 1 - config.alpha, "kd": config.alpha}
+    data: dict[str, Any] = {n: d for n, d in (("ce", labelled), ("kd", unlabelled)) if weights[n] > 0}
+    sizes = {name: min(config.batch, len(part)) for name, part in data.items()}
+    student.train()
+    with frozen(teacher):
+        for batches in run.loop("kd", data, batch=sizes, steps=config.steps, student=student, drop_last=True,
+                                optimizer=optimizer):
+            set_lr(optimizer, config.lr * warmup_cosine(run.progress, config.warmup))
+            terms = {}
+            for name, batch in batches.items():
+                x = view(batch["image"]) if view else batch["image"]
+                if name == "ce":
+                    terms[name] = weights[name] * F.cross_entropy(student(x), batch["label"])
+                else:
+                    with torch.no_grad():
+                        target = teacher(x)
+                    terms[name] = weights[name] * kl(target, student(x), config.temperature)
+            run.update(optimizer, clip=None, **terms)
     return student

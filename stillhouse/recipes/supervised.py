@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stillhouse.errors import require
+from stillhouse.parts.lars import LARS
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.run import Run, begin, set_lr
 from stillhouse.run.check import first_batch
@@ -25,7 +26,7 @@ View = Callable[[Tensor], Tensor]
 class Config:
     steps: int = 1000  # optimiser steps
     batch: int = 64  # pictures a step
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum 0.9, or AdamW
+    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"  # SGD with momentum 0.9, AdamW, or LARS with momentum 0.9
     lr: float = 0.1  # peak learning rate; a cosine to 0
     warmup: float = 0.05  # part of the steps in which the learning rate rises
     weight_decay: float = 5e-4  # lambda
@@ -44,8 +45,11 @@ def check_training(steps: int, batch: int, lr: float, warmup: float, weight_deca
 
 
 def optimizer_for(parameters: Iterable[Any], kind: str, lr: float, weight_decay: float) -> Optimizer:
-    """SGD with momentum 0.9 or AdamW over parameters or parameter groups. Raises ConfigError for another word."""
-    require(kind in ("sgd", "adamw"), f"optimizer is 'sgd' or 'adamw', not {kind!r}")
+    """SGD with momentum 0.9, AdamW, or LARS with momentum 0.9 over parameters or parameter groups. Raises ConfigError
+    for another word."""
+    require(kind in ("sgd", "adamw", "lars"), f"optimizer is 'sgd', 'adamw' or 'lars', not {kind!r}")
+    if kind == "lars":
+        return LARS(parameters, lr, momentum=0.9, weight_decay=weight_decay)
     if kind == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
@@ -77,7 +81,8 @@ def fine_tune(
     backbone_lr: float = 0.1,
 ) -> nn.Module:
     """Cross-entropy with the `head` (a part of the student) at the full learning rate and all else at
-    `backbone_lr` times it; 0 trains the head alone on a frozen backbone in eval mode (a linear evaluation)."""
+    `backbone_lr` times it; 0 trains the head alone on a frozen backbone in eval mode (a linear evaluation). LARS does
+    not adapt the head."""
     run = begin(run)
     run.check(Classifier, labelled, student=student)
     first_batch(labelled, ("image", "label"))
@@ -88,6 +93,8 @@ def fine_tune(
     student.train(backbone_lr > 0)
     head.train()
     groups = [{"params": list(head.parameters())}]
+    if config.optimizer == "lars":
+        groups[0]["adapt"] = False  # type: ignore[assignment]
     if backbone_lr > 0:
         groups.append({"params": backbone, "lr_scale": backbone_lr})  # type: ignore[dict-item]
     return _train("fine-tune", student, groups, labelled, config, run, view)

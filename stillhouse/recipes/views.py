@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from stillhouse.data.augment import affine, cutout, rotation
-from stillhouse.errors import require
+from stillhouse.data.augment import RAND_AUGMENT, affine, cutout, rand_augment, rotation
+from stillhouse.errors import DataError, require
 from stillhouse.run import Run
 
 
@@ -53,5 +55,149 @@ def random_view(
     return x + low
 
 
+def strong_view(
+    images: Float[Tensor, "n channels height width"],
+    run: Run,
+    strength: float = 1.0,
+    operations: Sequence[str] = RAND_AUGMENT,
+    count: int = 4,
+    erase: float = 0.5,
+    noise: float = 0.0,
+    flip: bool = False,
+    alike: bool = False,
+) -> Float[Tensor, "n channels height width"]:
+    """RandAugment with `count` random `operations` on every picture (see `rand_augment`), then mirrored, a square
+    erased and noise added as in `random_view`; strength 0, erase 0 and noise 0 change nothing.
+
+    `alike` draws the same on all processes, for work that every process does as a whole (`run.once`).
+    """
+    require(min(strength, erase, noise) >= 0 and erase <= 1 and count >= 0, "strength, erase, noise and count must be "
+            f"0 or more, erase at most 1; got {strength}, {erase}, {noise} and {count}")
+    n, height, width = len(images), *images.shape[-2:]
+    if alike:
+        u = torch.rand(n, 2 * count + 3, generator=run.shared).to(images.device)
+    else:
+        u = run.rand(n, 2 * count + 3)
+    x = images
+    if strength and count:
+        x = rand_augment(x, (u[:, :count] * len(operations)).long(), u[:, count : 2 * count], operations, strength)
+    if flip:
+        x = torch.where(_each(u[:, -3], x) < 0.5, x.flip(-1), x)
+    low = images.amin((1, 2, 3), keepdim=True)
+    if erase:
+        side = max(1, round(erase * height)), max(1, round(erase * width))
+        corner = (u[:, -2:] * torch.tensor([height - side[0] + 1, width - side[1] + 1]).to(u)).long()
+        x = cutout(x - low, corner, side) + low
+    if noise:
+        more = torch.randn(x.shape, generator=run.shared) if alike else run.randn(*x.shape)
+        x = x + noise * (images.amax((1, 2, 3), keepdim=True) - low) * more.to(x)
+    return x
+
+
+def crop_view(
+    images: Float[Tensor, "n channels height width"],
+    run: Run,
+    area: tuple[float, float] = (0.08, 1.0),
+    ratio: float = 4 / 3,
+    flip: bool = True,
+) -> Float[Tensor, "n channels height width"]:
+    """A random part of every picture at the picture's size (Szegedy et al. 2015), mirrored half of the time if `flip`.
+
+    The part's area is uniform in `area` (as a part of the whole), its width to height log-uniform in [1 / ratio,
+    ratio], its place uniform; a side longer than the picture's is cut to it. (1, 1) with a ratio of 1 is the whole.
+    """
+    require(0 < area[0] <= area[1] <= 1 and ratio >= 1, f"area is a range within (0, 1] and ratio at least 1; got "
+            f"{area} and {ratio}")
+    u = run.rand(len(images), 5)
+    side = (area[0] + (area[1] - area[0]) * u[:, 0]).sqrt()
+    stretch = ((u[:, 1] - 0.5) * math.log(ratio)).exp()
+    width, height = (side * stretch).clamp_max(1), (side / stretch).clamp_max(1)
+    x, y = ((2 * u[:, i] - 1) * (1 - part) for i, part in ((2, width), (3, height)))
+    mirror = torch.where(u[:, 4] < 0.5, -1.0, 1.0) if flip else torch.ones_like(x)
+    zero = torch.zeros_like(x)
+    return affine(images, torch.stack([width * mirror, zero, x, zero, height, y], -1).view(-1, 2, 3))
+
+
+def colour_view(
+    images: Float[Tensor, "n channels height width"],
+    run: Run,
+    strength: float = 1.0,
+    jitter: float = 0.8,
+    grey: float = 0.2,
+    blur: float = 0.5,
+) -> Float[Tensor, "n channels height width"]:
+    """Colours distorted and blurred (SimCLR, Chen et al. 2020, appendix A), for pictures in [-1, 1].
+
+    With probability `jitter` brightness, contrast and saturation change by factors U(1 - 0.8 s, 1 + 0.8 s) (none
+    below 0) and the hue by U(-0.2 s, 0.2 s) of the circle, s = `strength`; with probability `grey` the colour is taken
+    out; with probability `blur` a Gaussian of a tenth of the height, sigma U(0.1, 2), is laid over. Pictures of one
+    channel have no saturation, hue or grey. The changes come in this order, hue as a turn about the grey axis (the
+    paper: in a random order, in HSV), so that all of them are one matrix and one shift a picture.
+    """
+    channels = images.shape[1]
+    require(channels in (1, 3), f"colours are of pictures with 1 or 3 channels, not {channels}", DataError)
+    require(strength >= 0 and min(jitter, grey, blur) >= 0 and max(jitter, grey, blur) <= 1, "strength must be 0 or "
+            f"more, jitter, grey and blur probabilities; got {strength}, {jitter}, {grey}, {blur}")
+    u = run.rand(len(images), 8).to(images)
+    light, contrast, saturation = ((1 + (2 * u[:, i] - 1) * 0.8 * strength).clamp_min(0) for i in range(3))
+    apply = u[:, 4] < jitter
+    light, contrast = torch.where(apply, light, 1.0), torch.where(apply, contrast, 1.0)
+    x = (images + 1) / 2 * _each(light, images)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = ((x - mean) * _each(contrast, x) + mean).clamp(0, 1)
+    if channels == 3:
+        saturation = torch.where(u[:, 5] < grey, 0.0, torch.where(apply, saturation, 1.0))
+        angle = torch.where(apply, (2 * u[:, 3] - 1) * 0.2 * strength * 2 * math.pi, 0.0)
+        x = torch.einsum("ndc,nchw->ndhw", _colours(saturation, angle), x).clamp(0, 1)
+    if blur:
+        sigma = torch.where(u[:, 6] < blur, 0.1 + 1.9 * u[:, 7], 1e-3)
+        x = _blurred(x, sigma, max(1, images.shape[-2] // 20))
+    return 2 * x - 1
+
+
+def _colours(saturation: Tensor, angle: Tensor) -> Float[Tensor, "n 3 3"]:
+    """A turn of the colours about the grey axis, then the distance to their luminance times `saturation`."""
+    axis = torch.full((3, 3), 1 / 3).to(angle)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]).to(angle) / math.sqrt(3)
+    eye = torch.eye(3).to(angle)
+    cos, sin, s = (v[:, None, None] for v in (angle.cos(), angle.sin(), saturation))
+    turn = cos * eye + sin * cross + (1 - cos) * axis
+    luminance = torch.tensor([0.299, 0.587, 0.114]).to(angle).expand(3, 3)
+    return (s * eye + (1 - s) * luminance) @ turn
+
+
+def _blurred(x: Tensor, sigma: Tensor, reach: int) -> Tensor:
+    """Each picture under its own separable Gaussian of 2 reach + 1 pixels; edges are reflected."""
+    at = torch.arange(-reach, reach + 1).to(sigma)
+    weights = torch.softmax(-(at**2) / (2 * sigma[:, None] ** 2), 1)
+    for side in (-1, -2):
+        padded = F.pad(x, [reach, reach, 0, 0] if side == -1 else [0, 0, reach, reach], mode="reflect")
+        shifted = [padded.narrow(side, i, x.shape[side]) for i in range(2 * reach + 1)]
+        x = (torch.stack(shifted, 1) * weights.to(x)[:, :, None, None, None]).sum(1)
+    return x
+
+
 def _each(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).view(-1, 1, 1, 1)
+
+
+def resized_crop(
+    images: Float[Tensor, "n channels height width"],
+    run: Run,
+    smallest: float = 0.08,
+    flip: bool = True,
+) -> Float[Tensor, "n channels height width"]:
+    """A random part of every picture, brought back to its size, and mirrored in half of the cases.
+
+    The part has an area of `smallest` to 1 of the picture's, its sides a ratio of 3/4 to 4/3 (Szegedy et al. 2015).
+    """
+    require(0 < smallest <= 1, f"smallest is a part of the area in (0, 1], not {smallest}")
+    u = run.rand(len(images), 5)
+    area = smallest + (1 - smallest) * u[:, 0]
+    ratio = ((2 * u[:, 1] - 1) * math.log(4 / 3)).exp()
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)
+    centre = (2 * u[:, 2:4] - 1) * (1 - sides)
+    mirrored = torch.where(u[:, 4] < 0.5, -1.0, 1.0) if flip else torch.ones_like(u[:, 4])
+    zero = torch.zeros_like(area)
+    rows = torch.stack([sides[:, 0] * mirrored, zero, centre[:, 0], zero, sides[:, 1], centre[:, 1]], 1)
+    return affine(images, rows.view(-1, 2, 3).to(images))

@@ -47,6 +47,19 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return canvas
 
 
+def scatter(**points: Tensor) -> Any:
+    """A figure of named sets of points in the plane, at most 1,000 of each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4))
+    axes = figure.add_subplot()
+    for name, x in points.items():
+        axes.scatter(x[:1000, 0].tolist(), x[:1000, 1].tolist(), s=4, alpha=0.5, label=name)
+    axes.set_aspect("equal")
+    axes.legend()
+    return figure
+
+
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the device"

@@ -32,6 +32,11 @@ def warmup_cosine(p: float, fraction: float) -> float:
     return warmup(p, fraction) if p < fraction else cosine((p - fraction) / (1.0 - fraction))
 
 
+def warmup_linear(p: float, fraction: float) -> float:
+    """Linear warm-up, then a straight line to 0 over what is left."""
+    return warmup(p, fraction) if p < fraction else linear((p - fraction) / (1.0 - fraction))
+
+
 def piecewise(p: float, drops: Sequence[tuple[float, float]]) -> float:
     """The product of the factors of all drops (start, factor) whose start has been reached."""
     return math.prod(factor for start, factor in drops if p >= start)
