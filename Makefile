@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
 
-run: $(READY)  ## the main job on the embedded digits, a tour through the other systems, and a report
+run: $(READY)  ## the main job on the embedded digits, a tour through systems of every family, and a report
 	@$(BIN)/still tour
 
 test: lint types tests  ## lint, types, floors, tests

@@ -1,4 +1,4 @@
-"""What `make run` shows: the main job on the embedded digits, then each other system at its smallest useful setting."""
+"""What `make run` shows: the main job on the embedded digits, then systems of every family at a small setting."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tour(out: Path, seed: int = 0, quiet: bool = False) -> Path:
             for what, value in STOPS[slug](run, module):
                 console.print(f"  {what}: [bold]{value}[/]")
                 rows.append([slug, what, value])
-    _summarise(out / "tour", "A tour through the other systems, at their smallest useful setting",
+    _summarise(out / "tour", "A tour through systems of every family, at their smallest useful setting",
                ["system", "measured", "value"], rows)
     page = write_report(out, out / "report.html")
     console.print(f"\nDone in {time.monotonic() - start:.0f} s. Report: {page.resolve()}\nThree commands to try next:\n"
@@ -184,6 +184,75 @@ def _fedx(run: Any, fedx: Any) -> Rows:
     return rows
 
 
+def _ddfa(run: Any, ddfa: Any) -> Rows:
+    from stillhouse.data.clusters import kmeans
+    from stillhouse.evaluate.clustering import clustering_accuracy
+    from stillhouse.models.convnets import MLP
+
+    g = ddfa.ground(run.seed)
+    found = ddfa.distill(MLP(64, 8, hidden=(64,)), g.train.without("label"), g.validation.without("label"),
+                         replace(ddfa.EMBEDDED, epochs=10), run)
+    cell, _ = kmeans(g.test.image.flatten(1), 5, 5, 100, run.seed)
+    return [(f"accuracy of {what} against the hidden classes", f"{clustering_accuracy(y, g.test.label):.1%}")
+            for what, y in (("k-means", cell), ("the classes found", found.predict(g.test.image)))]
+
+
+def _real_nvp(run: Any, nvp: Any) -> Rows:
+    import torch
+
+    from stillhouse.data.densities import gauss2d, ring
+    from stillhouse.diffusion.process import Flow
+    from stillhouse.evaluate.density import divergence_to_truth
+    from stillhouse.models.flows import point_flow
+    from stillhouse.zoo.denoisers import gauss2d_teacher
+
+    centres = ring(8)
+    data: Any = gauss2d(20_000, centres, 0.2, seed=run.seed)
+    true = gauss2d(5000, centres, 0.2, seed=run.seed + 1).x
+    truth = gauss2d_teacher(Flow(), centres, 0.2).log_density(true, torch.zeros(len(true)))
+    flow = nvp.distill(point_flow(2), data, replace(nvp.POINTS, steps=500), run)
+    with torch.no_grad():
+        run.picture("density", nvp.density_map(flow))
+        return [("nats from the true density", f"{divergence_to_truth(truth, flow.log_prob(true)):.2f}"),
+                ("largest error of a round trip to the latents", f"{nvp.returned(flow, true):.0e}")]
+
+
+def _vsd(run: Any, vsd: Any) -> Rows:
+    import torch
+
+    from stillhouse.data.densities import ring
+    from stillhouse.data.sets import TensorSet
+    from stillhouse.diffusion.process import VPCosine
+    from stillhouse.evaluate.distances import modes_hit
+    from stillhouse.models.scenes import SceneSet
+    from stillhouse.zoo.denoisers import gauss2d_teacher
+
+    teacher = gauss2d_teacher(VPCosine(), labels=torch.arange(8) % 2, background=0.15)
+    prompt: Any = TensorSet(condition=torch.zeros(1, dtype=torch.long))
+    rows = []
+    for what, fake in (("SDS", "noise"), ("VSD with the exact score of the particles", "exact")):
+        with run.scope(what):
+            run.begin()
+            config = replace(vsd.EMBEDDED, steps=500, fake=fake)
+            x = vsd.distill(teacher, SceneSet("points", 128), prompt, None, config, run).scenes.theta.detach()
+            rows.append((f"modes of the prompt that {what} covers, of 4", f"{modes_hit(x, ring(8)[::2], 0.45):.0f}"))
+    return rows
+
+
+def _dphubert(run: Any, dphubert: Any) -> Rows:
+    import copy
+
+    from stillhouse.data.tones import crops, tones
+    from stillhouse.evaluate.cost import parameters
+    from stillhouse.zoo.speech import RECIPE, tones_teacher
+
+    teacher = tones_teacher({**RECIPE, "steps": 150, "clips": 400})
+    data = crops(tones(300, seed=run.seed), 2000, seed=run.seed).without("word", "speaker")
+    student = dphubert.distill(teacher, copy.deepcopy(teacher), data, replace(dphubert.EMBEDDED, steps=200), run)
+    return [("parameters of the speech encoder", f"{parameters(teacher):,}"),
+            ("parameters after pruning while distilling", f"{parameters(student):,}")]
+
+
 def _scatter(run: Any, name: str, data: Any, samples: Any) -> None:
     import matplotlib.figure
 
@@ -197,6 +266,8 @@ def _scatter(run: Any, name: str, data: Any, samples: Any) -> None:
 
 
 STOPS: dict[str, Callable[[Any, Any], Rows]] = {
-    "dmd2": _dmd2, "progressive-distillation": _progressive, "mtt": _mtt, "distillm": _distillm, "mirage": _mirage,
+    "distillm": _distillm, "dphubert": _dphubert, "dmd2": _dmd2, "progressive-distillation": _progressive,
+    "prolificdreamer-vsd": _vsd, "mtt": _mtt, "mirage": _mirage, "lls-ddfa": _ddfa, "real-nvp": _real_nvp,
     "fedx": _fedx,
 }
+"""A stop or two in every family; the main job stands for compression."""

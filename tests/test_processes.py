@@ -7,7 +7,8 @@ import pytest
 
 HARNESS = Path(__file__).with_name("harness_processes.py")
 CASES = ["mean_loss", "contrastive", "token_mean", "decisions", "interrupted"]
-SYSTEMS = ["system:ssld", "system:dmd2", "system:mtt"]
+SYSTEMS = ["system:ssld", "system:dmd2", "system:mtt", "system:lls-ddfa", "system:quantized-distillation",
+           "system:wcord", "system:prolificdreamer-vsd", "system:scan"]
 
 
 def apart(tmp_path, cases):

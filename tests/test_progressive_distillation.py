@@ -13,8 +13,10 @@ from stillhouse.diffusion.denoise import NetworkDenoiser
 from stillhouse.diffusion.exact import GaussianMixture
 from stillhouse.diffusion.process import VE, VPCosine, ddpm_linear
 from stillhouse.diffusion.samplers import SamplerLadder, at, ddim_step
+from stillhouse.diffusion.weights import x0_weight
 from stillhouse.errors import ConfigError, RoleError
 from stillhouse.models.denoisers import MLPDenoiser
+from stillhouse.recipes import halving
 from stillhouse.run import Run
 from stillhouse.systems.diffusion import progressive_distillation as pd
 
@@ -44,9 +46,9 @@ def test_one_student_step_with_the_target_lands_where_two_teacher_steps_do(steps
     x_t = torch.randn(steps, 2, dtype=F64)
     x_middle = ddim_step(teacher.process, x_t, teacher(x_t, t), t, middle)
     landed = ddim_step(teacher.process, x_middle, teacher(x_middle, middle), middle, s)
-    target = pd.two_step_target(teacher, x_t, (t, middle, s))
+    target = halving.two_step_target(teacher, x_t, (t, middle, s))
     assert torch.allclose(ddim_step(teacher.process, x_t, target, t, s), landed, rtol=1e-11, atol=1e-11)
-    naive = pd.two_step_target(teacher, x_t, (t, middle, s), target="naive")
+    naive = halving.two_step_target(teacher, x_t, (t, middle, s), target="naive")
     assert torch.allclose(naive, teacher(x_middle, middle))
     assert torch.equal(naive[0], target[0])
     assert steps == 1 or not torch.allclose(naive[1:], target[1:], atol=1e-3)
@@ -60,7 +62,7 @@ class Exact:
         self.null_condition = None
 
     def __call__(self, x_t, t, condition=None):
-        return pd.two_step_target(self.teacher, x_t, (t, t - 0.5 / self.steps, t - 1 / self.steps))
+        return halving.two_step_target(self.teacher, x_t, (t, t - 0.5 / self.steps, t - 1 / self.steps))
 
 
 @pytest.mark.parametrize("start,factor", [(2, 0.5), (4, 0.728553), (8, 0.856232)])
@@ -82,14 +84,14 @@ def test_standard_normal_data_gives_the_target_in_closed_form():
     z = torch.randn(8, 2, dtype=F64)
     d = (process.clock(t) - process.clock(s))[:, None]
     expected = (process.sigma(t)[:, None] * torch.cos(d / 2) ** 2 - process.sigma(s)[:, None]) * z / torch.sin(d)
-    assert torch.allclose(pd.two_step_target(teacher, z, (t, middle, s))[1:], expected[1:], atol=1e-12)
+    assert torch.allclose(halving.two_step_target(teacher, z, (t, middle, s))[1:], expected[1:], atol=1e-12)
 
 
 @pytest.mark.parametrize("target", ["corrected", "naive"])
 def test_a_single_point_is_every_target(target):
     point = GaussianMixture(VPCosine(), torch.tensor([[1.0, -2.0]]), torch.tensor([1e-9]))
     for n in (1, 2, 8):
-        x = pd.two_step_target(point, torch.randn(n, 2, dtype=F64), times(n), target=target)
+        x = halving.two_step_target(point, torch.randn(n, 2, dtype=F64), times(n), target=target)
         assert torch.allclose(x, torch.tensor([1.0, -2.0], dtype=F64).expand(n, 2), atol=1e-9)
 
 
@@ -114,7 +116,7 @@ def test_the_constant_student_of_a_single_point_has_no_loss():
 
 def test_rounds_halve_restart_and_use_their_own_times_only(monkeypatch):
     calls = []
-    real_target, real_lr = pd.two_step_target, pd.set_lr
+    real_target, real_lr = halving.two_step_target, halving.set_lr
 
     def target(teacher, x_t, times, condition, kind):
         calls.append([teacher, times, None])
@@ -125,8 +127,8 @@ def test_rounds_halve_restart_and_use_their_own_times_only(monkeypatch):
         calls[-1][2] = (lr, len(optimizer.state))
         real_lr(optimizer, lr)
 
-    monkeypatch.setattr(pd, "two_step_target", target)
-    monkeypatch.setattr(pd, "set_lr", set_lr)
+    monkeypatch.setattr(halving, "two_step_target", target)
+    monkeypatch.setattr(halving, "set_lr", set_lr)
     teacher, student, run = denoiser(), denoiser(seed=1), Run(quiet=True)
     ladder = pd.distill(teacher, student, data(), replace(SHORT, last=2.0), run)
     assert isinstance(ladder, SamplerLadder) and ladder.rungs == (4, 2, 1)
@@ -166,8 +168,8 @@ def test_every_parameterisation_and_weighting_runs(kind, weight):
 
 def test_the_snr_weight_vanishes_at_pure_noise():
     one = torch.ones(1)
-    assert pd.x0_weight("snr", VPCosine(), one).item() < 1e-8
-    assert pd.x0_weight("truncated_snr", VPCosine(), one).item() == 1
+    assert x0_weight("snr", VPCosine(), one).item() < 1e-8
+    assert x0_weight("truncated_snr", VPCosine(), one).item() == 1
 
 
 def test_bad_roles_and_settings_are_named():

@@ -181,7 +181,7 @@ def _comment(lines: list[str], node: ast.AST) -> str:
     after = lines[last][node.end_col_offset:].partition("# ")[2]  # type: ignore[attr-defined]
     if after:
         return after.strip()
-    before = []
+    before: list[str] = []
     while first > 0 and lines[first - 1].strip().startswith("#"):
         first -= 1
         before.insert(0, lines[first].strip().lstrip("# "))

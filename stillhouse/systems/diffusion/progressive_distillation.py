@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stillhouse.data.densities import gauss2d, ring
 from stillhouse.data.sets import TensorSet
@@ -32,16 +32,16 @@ from stillhouse.diffusion.convert import Parameterisation
 from stillhouse.diffusion.denoise import NetworkDenoiser, copy_weights
 from stillhouse.diffusion.grids import uniform
 from stillhouse.diffusion.process import VPCosine, VPTable
-from stillhouse.diffusion.samplers import FewStepSampler, SamplerLadder, ddim_step, ode_endpoint, rollout_target
-from stillhouse.diffusion.weights import Weighting, weighted_error, x0_weight
+from stillhouse.diffusion.samplers import FewStepSampler, SamplerLadder, ode_endpoint
+from stillhouse.diffusion.weights import Weighting
 from stillhouse.errors import RoleError, require
 from stillhouse.evaluate.claims import Arms, Claim
 from stillhouse.evaluate.distances import energy_distance, rmse
 from stillhouse.models.denoisers import MLPDenoiser
 from stillhouse.protocols import Denoiser, Samples
 from stillhouse.recipes import score_fitting
-from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.schedules import linear
+from stillhouse.recipes.halving import halve
+from stillhouse.run import Run, begin, frozen
 from stillhouse.zoo.denoisers import gauss2d_teacher
 
 NUMBER = 79
@@ -120,45 +120,13 @@ def distill(
                 score_fitting.distill(student, data, teacher, fitting, run)
         previous, steps = teacher, config.start // 2
         while steps >= config.end:
-            halve(previous, student, data, steps, config, run)
+            updates = round(config.steps * (config.last if steps <= 2 else 1.0))
+            halve(previous, student, data, steps, updates, config, run, config.target)
             previous = student if steps == config.end else copy.deepcopy(student)
             if steps <= max(config.keep, config.end):
                 ladder[steps] = FewStepSampler(previous, uniform(steps), "ddim", config.bound)
             steps //= 2
     return SamplerLadder(ladder)
-
-
-def halve(teacher: Denoiser, student: Any, data: Samples, steps: int, config: Config, run: Run) -> None:
-    """One round: `student` learns to do with `steps` DDIM steps what `teacher` does with twice as many."""
-    process = student.process
-    optimizer = torch.optim.Adam(student.parameters(), lr=config.lr)
-    updates = round(config.steps * (config.last if steps <= 2 else 1.0))
-    for batch in run.loop(f"{steps} steps", data, batch=config.batch, steps=updates, student=student,
-                          optimizer=optimizer):
-        x, condition = batch["x"], batch.get("condition")
-        i = run.randint(1, steps + 1, len(x)).to(x.dtype)
-        t, middle, s = i / steps, (i - 0.5) / steps, (i - 1) / steps
-        x_t = process.noise(x, t, run.randn_like(x))
-        with torch.no_grad():
-            target = two_step_target(teacher, x_t, (t, middle, s), condition, config.target)
-        error = weighted_error(student(x_t, t, condition), target, x0_weight(config.weight, process, t))
-        set_lr(optimizer, config.lr * linear(run.progress))
-        run.update(optimizer, clip=config.clip, distil=error)
-
-
-def two_step_target(
-    teacher: Denoiser,
-    x_t: Tensor,
-    times: tuple[Tensor, Tensor, Tensor],
-    condition: Tensor | None = None,
-    target: Literal["corrected", "naive"] = "corrected",
-) -> Tensor:
-    """x~ for the step t -> t'' = times[0] -> times[2], or the teacher's second x0 [batch, ...] where `naive`."""
-    if target == "corrected":
-        return rollout_target(teacher, x_t, times, condition)
-    t, middle, _ = times
-    x_middle = ddim_step(teacher.process, x_t, teacher(x_t, t, condition), t, middle)
-    return teacher(x_middle, middle, condition)
 
 
 def _check(teacher: Denoiser, student: Denoiser, config: Config) -> None:
