@@ -29,7 +29,7 @@ from stillhouse.store import cache_folder, write_text
 
 WORKERS = 2
 MOST_PICTURES = 6
-LARGEST = 150_000
+LARGEST = 400_000
 FLOORS = ("measures", "parts", "data", "models", "diffusion", "run", "evaluate", "recipes", "zoo")
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
            "TOKENIZERS_PARALLELISM": "false"}

@@ -7,6 +7,7 @@ and figures from results/. In a page, `{{ source module:name }}` stands for the 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def on_config(config: Any) -> Any:
     config.nav = [
         {"Getting started": "index.md"},
         {"Guides": [{title: path} for path, title in GUIDES.items()]},
-        {"Systems": ["systems/index.md", *families]},
+        {"Systems": ["systems/index.md", {"Comparisons": "systems/comparisons.md"}, *families]},
         {"The house": [{title: f"floors/{floor}.md"} for floor, title in FLOORS.items()]},
     ]
     return config
@@ -51,6 +52,7 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages and the pictures they show."""
     files.append(File.generated(config, "systems/index.md", content=systems_page()))
+    files.append(File.generated(config, "systems/comparisons.md", content=comparisons_page()))
     for system in catalog.systems().values():
         if system.built:
             files.append(File.generated(config, f"systems/{system.slug}.md", content=system_page(system)))
@@ -104,6 +106,23 @@ def systems_page() -> str:
         if planned:
             lines += ["Planned: " + ", ".join(f"{s.slug}" for s in planned) + ".", ""]
     return "\n".join(lines)
+
+
+def comparisons_page() -> str:
+    """The committed comparisons, results/comparisons/*/comparison.json."""
+    parts = ["# Comparisons", "Systems that share a ground: the same models, data, budget and measures for everyone, "
+             "and paired seeds. `still compare SLUG SLUG …` makes such a table of any; a system has the settings "
+             "of its embedded experiment, tuned there and not for this ground."]
+    for path in sorted((catalog.results_folder() / "comparisons").glob("*/comparison.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        drawn = [f'<figure markdown="0"><figcaption>{metric} ({found["better"][metric]} is better)</figcaption>{chart}'
+                 "</figure>" for metric, chart in charts_of(found["arms"]).items()]
+        built = {s.slug for s in catalog.systems().values() if s.built}
+        entrants = [f"[{arm}]({arm}.md)" if arm in built else arm for arm in found["arms"]]
+        parts += [f"## {found['title']}", f"{found['sentence']} Seeds {', '.join(map(str, found['seeds']))}.",
+                  f"From the best by {next(iter(found['better']))}: {', '.join(entrants)}.",
+                  '<div class="figures" markdown="0">\n' + "\n".join(drawn) + "\n</div>"]
+    return "\n\n".join(parts) + "\n"
 
 
 def system_page(system: catalog.System) -> str:
