@@ -17,7 +17,7 @@ def _short(text: str, most: int = LABEL) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:.4g}"
 
 
 def dots(rows: list[tuple[str, float, float, float]]) -> Markup:
