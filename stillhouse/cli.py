@@ -372,7 +372,9 @@ def _save(target: Any, folder: Path, slug: str) -> None:
         use = f"stillhouse.store.load_tree({str(path)!r}) gives the weights for load_state_dict"
     else:
         target.save(where)
-        use = f"load it with {type(target).__name__}.load({str(where)!r})"
+        own = hasattr(target, "load")
+        use = f"load it with {type(target).__name__}.load({str(where)!r})" if own else (
+            f"stillhouse.hub.models.resolve_model({str(where)!r}) reads it back")
     print(f"{slug}: the result is in {where}\n  {use}\n  curves and pictures: still report {folder}")
 
 

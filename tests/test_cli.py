@@ -269,3 +269,24 @@ def test_taps_of_an_example_that_does_not_fit_says_so(capsys):
     with pytest.raises(SystemExit):
         main(["taps", "tiny-convnet", "--shape", "5", "16", "16"])
     assert "could not process one example of shape (5, 16, 16)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_saved_result_says_how_it_is_read_back(tmp_path, capsys):
+    from stillhouse.cli import _save
+
+    class Own:
+        def save(self, folder):
+            return folder
+
+        @classmethod
+        def load(cls, folder):
+            return cls()
+
+    class Pruned:
+        def save(self, folder):
+            return folder
+
+    _save(Own(), tmp_path, "x")
+    _save(Pruned(), tmp_path, "x")
+    printed = capsys.readouterr().out
+    assert "load it with Own.load(" in printed and "resolve_model(" in printed and "Pruned.load" not in printed
