@@ -80,6 +80,7 @@ def _dmd2(run: Any, dmd2: Any) -> Rows:
     from stillhouse.diffusion.process import VE
     from stillhouse.evaluate.distances import energy_distance, modes_hit
     from stillhouse.models.denoisers import MLPDenoiser
+    from stillhouse.run.pictures import scatter
     from stillhouse.zoo.denoisers import gauss2d_teacher
 
     centres, process = ring(8), VE(0.05, 5.0, rho=0)
@@ -91,7 +92,7 @@ def _dmd2(run: Any, dmd2: Any) -> Rows:
     config = replace(dmd2.EMBEDDED, steps=1500, fit=800, lr=1e-3, fake_lr=1e-3)
     sampler = dmd2.distill(gauss2d_teacher(process, centres, 0.15), network(), data, None, network, config, run)
     x = sampler(run.randn(2000, 2)).detach()
-    _scatter(run, "data and one-step samples", data.x[:2000], x)
+    run.picture("data and one-step samples", scatter(data=data.x, samples=x))
     return [("energy distance to the data in one step", f"{energy_distance(x, data.x[:5000]):.4f}"),
             ("modes hit, of 8", f"{modes_hit(x, centres, 0.45):.0f}")]
 
@@ -104,6 +105,7 @@ def _progressive(run: Any, pd: Any) -> Rows:
     from stillhouse.diffusion.samplers import FewStepSampler
     from stillhouse.evaluate.distances import energy_distance
     from stillhouse.models.denoisers import MLPDenoiser
+    from stillhouse.run.pictures import scatter
     from stillhouse.zoo.denoisers import gauss2d_teacher
 
     process = VPCosine()
@@ -114,7 +116,7 @@ def _progressive(run: Any, pd: Any) -> Rows:
     ladder = pd.distill(teacher, student, data, config, run)
     z = run.randn(2000, 2)
     few, plain = ladder[2](z).detach(), FewStepSampler(teacher, uniform(2))(z)
-    _scatter(run, "data and two-step samples", data.x[:2000], few)
+    run.picture("data and two-step samples", scatter(data=data.x, samples=few))
     return [("energy distance to the data, 2 steps of DDIM", f"{energy_distance(plain, data.x[:5000]):.4f}"),
             ("the same, 2 steps distilled", f"{energy_distance(few, data.x[:5000]):.4f}")]
 
@@ -251,18 +253,6 @@ def _dphubert(run: Any, dphubert: Any) -> Rows:
     student = dphubert.distill(teacher, copy.deepcopy(teacher), data, replace(dphubert.EMBEDDED, steps=200), run)
     return [("parameters of the speech encoder", f"{parameters(teacher):,}"),
             ("parameters after pruning while distilling", f"{parameters(student):,}")]
-
-
-def _scatter(run: Any, name: str, data: Any, samples: Any) -> None:
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(4, 4))
-    axes = figure.subplots()
-    axes.scatter(data[:, 0], data[:, 1], s=2, alpha=0.3, label="data")
-    axes.scatter(samples[:, 0], samples[:, 1], s=2, alpha=0.5, label="samples")
-    axes.set_aspect("equal")
-    axes.legend(markerscale=4, loc="center", frameon=False)
-    run.picture(name, figure)
 
 
 STOPS: dict[str, Callable[[Any, Any], Rows]] = {

@@ -57,6 +57,7 @@ from stillhouse.protocols import Denoiser, Encoder, Samples
 from stillhouse.recipes import halving
 from stillhouse.run import Run, begin, frozen, set_lr
 from stillhouse.run.check import first_batch
+from stillhouse.run.pictures import scatter
 from stillhouse.run.schedules import cosine
 from stillhouse.zoo.denoisers import gauss2d_teacher
 
@@ -230,7 +231,7 @@ def experiment(run: Run) -> dict[str, dict[str, float]]:
 
         with torch.no_grad():
             two = greedy_times(lambda times: energy_distance(sample(times, 1000), data.x[:1000]), 2, low=0.2)
-            run.picture("one call", scatter(sample((1.0, 0.0))))
+            run.picture("one call", scatter(data=true, samples=sample((1.0, 0.0))))
             return {**measure(sample((1.0, 0.0)), 1), **measure(sample(two), 2), "second time": two[1]}
 
     def train(kind: Parameterisation = "edm", teacher: Denoiser | None = teacher, **changes: Any) -> FewStepSampler:
@@ -274,17 +275,6 @@ def experiment(run: Run) -> dict[str, dict[str, float]]:
             "ct, fresh noise": lambda: calls(no_teacher(pair="fresh")),
         },
     )
-
-
-def scatter(x: Tensor) -> Any:
-    """A matplotlib figure of points [n, 2]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((3, 3))
-    axes = figure.subplots()
-    axes.scatter(x[:2000, 0].tolist(), x[:2000, 1].tolist(), s=1)
-    axes.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
-    return figure
 
 
 def tiny() -> dict[str, Any]:
