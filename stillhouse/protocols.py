@@ -45,6 +45,7 @@ FIELDS = {
     "attention_mask": "int64 [batch, length], 1 on real tokens",
     "target_mask": "int64 [batch, length], 1 on the tokens a loss is taken on",
     "graph": "list of torch_geometric Data",
+    "target_ids": "int64 [batch, length]: what a Seq2Seq is to write, -100 where nothing is to be learned",
     "audio": "float32 [batch, samples]: mono sound",
     "domain": "int64 [batch]: where a sample comes from",
     "name": "list of texts: what classes are called",
@@ -90,6 +91,50 @@ class CausalLM(Protocol):
     def __call__(self, input_ids: Int[Tensor, "batch length"], attention_mask: Tensor | None = None) -> Any: ...
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor: ...
+
+
+@runtime_checkable
+class TopKTeacher(Protocol):
+    """A language model of which the k likeliest next tokens are known: an endpoint, or outputs that were kept.
+
+    Position i of `log_p` (temperature 1, falling) and `index` speaks of token i + 1; what is not known there (no token,
+    or fewer than k) has log_p = -inf and index 0. `vocabulary` is the number of tokens it chooses from.
+    """
+
+    vocabulary: int
+
+    def top_k(
+        self, input_ids: Int[Tensor, "batch length"], attention_mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "batch length k"], Int[Tensor, "batch length k"]]: ...
+
+
+@runtime_checkable
+class TextClassifier(Protocol):
+    """Token ids in, class logits of each text out."""
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch length"], attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "batch classes"]: ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Token ids in, one feature vector per text out."""
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch length"], attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "batch features"]: ...
+
+
+@runtime_checkable
+class Seq2Seq(Protocol):
+    """An encoder-decoder with the interface of `transformers`: `.logits` of the text it is to write out, and
+    `generate`. It reads token ids, or sound (`audio`, by keyword)."""
+
+    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                 labels: Int[Tensor, "batch length"] | None = None, audio: Tensor | None = None) -> Any: ...
+
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor: ...
 
 
 @runtime_checkable
@@ -197,6 +242,18 @@ class TokenPairs(DataSet, Protocol):
     """Prompt and response in one sequence; `target_mask` is 1 on the response."""
 
 
+class Texts(DataSet, Protocol):
+    """Texts as token ids; labels, if present, are not read."""
+
+
+class LabelledTexts(DataSet, Protocol):
+    """Texts as token ids, with labels."""
+
+
+class SourceTargets(DataSet, Protocol):
+    """Texts as token ids and what is to be written for each."""
+
+
 class ClassNames(DataSet, Protocol):
     """The names of classes, in the order of their labels."""
 
@@ -217,6 +274,9 @@ OFFERS: dict[Any, tuple[str, ...]] = {
     Samples: ("x",),
     Conditions: ("condition",),
     TokenPairs: ("input_ids", "attention_mask", "target_mask"),
+    Texts: ("input_ids", "attention_mask"),
+    LabelledTexts: ("input_ids", "attention_mask", "label"),
+    SourceTargets: ("input_ids", "attention_mask", "target_ids"),
     ClassNames: ("name",),
     Graphs: ("graph", "label"),
     SpeechData: ("audio",),
@@ -236,6 +296,20 @@ def _probe_denoiser(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 def _probe_causal_lm(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+
+
+def _probe_top_k(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    return model.top_k(batch["input_ids"], batch.get("attention_mask"))[0].exp()
+
+
+def _probe_text(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    return model(batch["input_ids"], batch.get("attention_mask"))
+
+
+def _probe_seq2seq(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    if "audio" in batch:
+        return model(audio=batch["audio"], labels=batch["target_ids"]).logits
+    return model(batch["input_ids"], batch.get("attention_mask"), labels=batch["target_ids"]).logits
 
 
 def _probe_dual_encoder(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -260,6 +334,10 @@ PROBES: dict[Any, Callable[[Any, Mapping[str, Any]], Tensor]] = {
     Denoiser: _probe_denoiser,
     Density: _probe_density,
     CausalLM: _probe_causal_lm,
+    TopKTeacher: _probe_top_k,
+    TextClassifier: _probe_text,
+    TextEncoder: _probe_text,
+    Seq2Seq: _probe_seq2seq,
     SpeechEncoder: _probe_speech_encoder,
     DualEncoder: _probe_dual_encoder,
 }
@@ -271,6 +349,10 @@ NEEDS: dict[Any, tuple[str, ...]] = {
     Denoiser: ("x",),
     Density: ("x",),
     CausalLM: ("input_ids",),
+    TopKTeacher: ("input_ids",),
+    TextClassifier: ("input_ids",),
+    TextEncoder: ("input_ids",),
+    Seq2Seq: ("target_ids",),
     SpeechEncoder: ("audio",),
     DualEncoder: ("image",),
 }

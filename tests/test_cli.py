@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,21 +222,6 @@ def test_a_missing_extra_is_one_line(capsys, monkeypatch):
     assert status == 1 and "pip install 'stillhouse[hf]'" in err
 
 
-def test_a_target_with_a_save_of_its_own_is_saved_so(here, capsys):
-    from stillhouse.cli import _save
-
-    class Target:
-        def save(self, folder):
-            store.save_tree(Path(folder) / "x.safetensors", {"x": torch.ones(1)})
-
-        @classmethod
-        def load(cls, folder):
-            return cls()
-
-    _save(Target(), here / "run", "ssld")
-    assert (here / "run" / "target" / "x.safetensors").is_file()
-    assert "Target.load(" in capsys.readouterr().out
-
 
 def test_two_processes_through_torchrun_share_one_folder(here):
     (here / "mymodels.py").write_text(MODELS + """
@@ -273,15 +257,3 @@ def test_taps_of_an_example_that_does_not_fit_says_so(capsys):
     with pytest.raises(SystemExit):
         main(["taps", "tiny-convnet", "--shape", "5", "16", "16"])
     assert "could not process one example of shape (5, 16, 16)" in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_target_without_a_load_is_read_back_by_the_resolver(tmp_path, capsys):
-    from stillhouse.cli import _save
-
-    class Pruned:
-        def save(self, folder):
-            return folder
-
-    _save(Pruned(), tmp_path, "dphubert")
-    printed = capsys.readouterr().out
-    assert "resolve_model(" in printed and "Pruned.load" not in printed

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import stillhouse
 from stillhouse.data.sets import TensorSet
 from stillhouse.diffusion.convert import eps_of
 from stillhouse.diffusion.denoise import NetworkDenoiser
@@ -392,5 +393,6 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["run", "prolificdreamer-vsd", "--teacher", "zoo:gauss2d", "--scenes", "points:count=16", "--config.fake",
           "exact", "--config.guidance", "1", "--config.steps", "3", "--config.batch", "16", "--out", "done", "--quiet"])
-    assert "SceneSet.load" in capsys.readouterr().out
+    assert "stillhouse.load('done')" in capsys.readouterr().out
+    assert type(stillhouse.load("done")) is SceneSet
     assert SceneSet.load(tmp_path / "done" / "target").scenes.theta.shape == (16, 2)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import stillhouse
 from stillhouse.data.sets import TensorSet
 from stillhouse.errors import ConfigError, DataError, RoleError
 from stillhouse.evaluate.size import model_size
@@ -296,7 +297,8 @@ def test_it_runs_from_the_command_line_and_the_result_is_read_back(tmp_path, mon
              "--config.steps", "2", "--config.bits", "2"]
     main([*words, "--teacher", "tiny-convnet", "--out", "a"])
     main([*words, "--config.points", "1", "--out", "b"])
-    assert "QuantizedModel.load" in capsys.readouterr().out
+    assert "stillhouse.load('b')" in capsys.readouterr().out
+    assert type(stillhouse.load("a")) is QuantizedModel
     for folder in ("a", "b"):
         model = resolve_model(folder, Classifier, arch="tiny-convnet")
         assert len(to_buckets(model.body[2][0].weight, 256)[0].unique()) <= 4

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from stillhouse.diffusion.convert import Parameterisation
 from stillhouse.diffusion.denoise import NetworkDenoiser
 from stillhouse.diffusion.grids import trailing
-from stillhouse.diffusion.process import VE, Flow, Process, VPTable
+from stillhouse.diffusion.process import VE, Flow, Process, VPTable, process_of
 from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import RoleError, StoreError
+from stillhouse.hub.architectures import library_class
 from stillhouse.store import write_text
 
 PREDICTIONS: dict[str, Parameterisation] = {
@@ -35,6 +36,18 @@ class DiffusersNetwork(nn.Module):
         self.model = model
         self.process = process
         self.timesteps = timesteps
+
+    def spec(self) -> dict[str, Any]:
+        """All but the weights, for JSON."""
+        model: Any = self.model
+        return {"class": type(model).__name__, "config": json.loads(model.to_json_string()),
+                "process": self.process.spec(), "timesteps": self.timesteps}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> DiffusersNetwork:
+        """A network as `spec` describes it, with fresh weights."""
+        kind = library_class("diffusers", spec["class"], "ModelMixin")
+        return cls(kind.from_config(spec["config"]), process_of(spec["process"]), spec["timesteps"])
 
     def forward(
         self, x_t: Float[Tensor, "batch ..."], t: Float[Tensor, " batch"], condition: Tensor | None = None

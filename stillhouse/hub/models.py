@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from stillhouse.data.readers import PICKLES, parse_options
 from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import ConfigError, DamagedFileError, RoleError, UnknownNameError, require
-from stillhouse.hub.refusals import PICKLE, looks_foreign
+from stillhouse.hub.architectures import TARGET, rebuild, refuse_words, remember
+from stillhouse.hub.refusals import PICKLE, looks_foreign, read_json
 from stillhouse.models import convnets, gnn, language
 from stillhouse.parts.packed import LAYOUT as QUANTIZED
 from stillhouse.parts.packed import QuantizedModel
@@ -80,13 +81,24 @@ def resolve_model(
         return fit_role(_model(text, kind, arch, zoo or {}), kind, text)
 
 
+def built(text: str, zoo: Mapping[str, Callable[..., nn.Module]] | None = None) -> nn.Module:
+    """A network of Stillhouse by the words that a saved result names it with: an embedded one or one of the zoo, its
+    options after a colon. Raises ConfigError for other words, which would run code."""
+    name, _, options = text.partition(":")
+    if name == "zoo":
+        return _from_zoo(options, zoo or {})()
+    if name not in EMBEDDED or (options and "=" not in options.partition(":")[0]):
+        raise refuse_words(text)
+    return _with_options(EMBEDDED[name], options, text)()
+
+
 def _model(text: str, kind: Any, arch: str | None, zoo: Mapping[str, Callable[..., nn.Module]]) -> Any:
     scheme, _, rest = text.partition(":")
     path = Path(text).expanduser()
     if scheme in ("zoo", "hf", "diffusers") and rest:
         require(arch is None, f"arch says how to build a network for weights in a file; '{text}' brings its own")
         if scheme == "zoo":
-            return _from_zoo(rest, zoo)()
+            return remember(_from_zoo(rest, zoo)(), text)
         if scheme == "diffusers":
             from stillhouse.hub.folders import denoiser_from
 
@@ -113,10 +125,14 @@ def _model(text: str, kind: Any, arch: str | None, zoo: Mapping[str, Callable[..
 
         return load_pruned(pruned[0])
     if path.suffix == ".safetensors" or path.is_dir():
-        return _with_weights(_weights_file(path), arch)
+        return _with_weights(_weights_file(path), arch, zoo)
     if path.exists():
         raise UnknownNameError(f"{path} is no model that can be read here; give {', '.join(SCHEMES)}")
-    return _callable(text)()
+    return _noted(_callable(text)(), text)
+
+
+def _noted(made: Any, text: str) -> Any:
+    return remember(made, text) if isinstance(made, nn.Module) else made
 
 
 def _factory(text: str, zoo: Mapping[str, Callable[..., nn.Module]]) -> Callable[[], nn.Module]:
@@ -132,6 +148,7 @@ def _factory(text: str, zoo: Mapping[str, Callable[..., nn.Module]]) -> Callable
                         f"'{text}' is one model with weights. Give module:callable")
     else:
         make = _callable(text)
+    remember(make, text) if scheme != "hf" else None
     first, second = fit_role(make(), None, text), fit_role(make(), None, text)
     shared = {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
     require(first is not second and not shared, f"'{text}' returns the same module, or the same weights, every time; a "
@@ -220,16 +237,29 @@ def _weights_file(path: Path) -> Path:
                     "finished, or whose result is no model?")
 
 
-def _with_weights(path: Path, arch: str | None) -> Any:
-    if arch is None:
-        raise ConfigError(f"{path} holds weights, not the network they belong to; say how to build it with --arch "
-                          "module:callable")
-    build = _factory(arch, {})
+def _with_weights(path: Path, arch: str | None, zoo: Mapping[str, Callable[..., nn.Module]]) -> Any:
+    build = builder(path.parent, arch, zoo)
     if (path.parent / "sampler.json").is_file():
         return FewStepSampler.load(path.parent, build()).denoiser
     if (path.parent / QUANTIZED).is_file():
         return QuantizedModel.load(path.parent, build()).model
     return load_weights(build(), path)
+
+
+def builder(folder: Path, arch: str | None = None,
+            zoo: Mapping[str, Callable[..., nn.Module]] | None = None) -> Callable[[], nn.Module]:
+    """What builds the network for the weights in `folder`: `arch`, or what target.json beside them says.
+
+    Raises ConfigError where neither does, or where target.json names code of the user's own.
+    """
+    if arch is not None:
+        make = _factory(arch, {})
+        return lambda: _noted(make(), arch)
+    network = read_json(folder / TARGET).get("network") if (folder / TARGET).is_file() else None
+    if network is None:
+        raise ConfigError(f"{folder} holds weights, not the network they belong to; say how to build it with --arch "
+                          "module:callable")
+    return lambda: rebuild(network, lambda text: _noted(built(text, zoo), text))
 
 
 def load_weights(model: nn.Module, path: Path | str) -> nn.Module:

@@ -5,6 +5,7 @@ Weights come from safetensors alone, and no code of a model's repository is run.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stillhouse.errors import DamagedFileError, MissingExtraError, RoleError, UnknownNameError, require
+from stillhouse.hub.architectures import library_class
 from stillhouse.hub.refusals import CODE, PICKLE, only_pickles
 from stillhouse.protocols import CausalLM
 
@@ -39,6 +41,20 @@ class ImageModel(nn.Module):
         self.channels = int(getattr(model.config, "num_channels", 3))
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def spec(self) -> dict[str, Any]:
+        """All but the weights, for JSON."""
+        return {"class": type(self.model).__name__, "config": json.loads(self.model.config.to_json_string(False)),
+                "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist(), "size": self.size,
+                "features": self.features, "pooled": self.pooled}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> ImageModel:
+        """A model as `spec` describes it, with fresh weights."""
+        kind = library_class("transformers", spec["class"], "PreTrainedModel")
+        size = spec["size"]
+        return cls(kind(kind.config_class.from_dict(spec["config"])), spec["mean"], spec["std"],
+                   None if size is None else (size[0], size[1]), spec["features"], spec["pooled"])
 
     def prepared(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch c h w"]:
         """The pictures as the model takes them."""

@@ -25,11 +25,12 @@ FLOORS = {
     "errors": "Named errors", "store": "Files", "protocols": "Roles and protocols", "measures": "Measures",
     "parts": "Parts", "data": "Data", "models": "Small models", "diffusion": "Diffusion", "run": "The run",
     "evaluate": "Evaluation", "hub": "Real models", "recipes": "Recipes", "zoo": "Zoo and grounds",
-    "commands": "Commands",
+    "deploy": "Results, predictions, exports", "commands": "Commands",
 }
 """The pages of the house, ground floor first."""
 
-COMMANDS = ("catalog", "verify", "compare", "report", "report.charts", "report.tables", "testing", "tour", "cli")
+COMMANDS = ("catalog", "verify", "compare", "report", "report.charts", "report.tables", "testing", "tour", "cli",
+            "cli.listing", "cli.running", "cli.resolving", "cli.models", "cli.measuring", "cli.tables", "cli.words")
 GUIDES = {"guide/write-your-own.md": "Write your own system", "guide/from-paper-to-file.md": "From paper to file"}
 
 

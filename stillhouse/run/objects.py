@@ -32,6 +32,8 @@ def fingerprint(value: Any) -> str:
     modules = list(modules_of(value))
     if modules:
         return digest_of([m.state_dict() for m in modules], length=16)
+    if isinstance(value, list | tuple):
+        return digest_of([fingerprint(part) for part in value], length=16)
     if hasattr(value, "data") and isinstance(value.data, dict):
         return digest_of(value.data, length=16)
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
