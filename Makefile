@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := hf,diffusion,graph,docs,dev
+EXTRAS := hf,diffusion,graph,data,export,api,bench,docs,dev
 
 .PHONY: help venv run test lint types tests docs verify tables clean
 
