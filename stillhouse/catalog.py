@@ -34,7 +34,8 @@ FAMILIES = {
 class System:
     """One paper. `moves` says what is distilled into what, `extras` which optional dependencies it needs, `remarks`
     what the miniature does not show of the paper's claims, and why, `grounds` where it can be compared with others
-    (`stillhouse.zoo.grounds`), with changes of its config and options of the ground's roles."""
+    (`stillhouse.zoo.grounds`), with changes of its config and options of the ground's roles, `advice` for whom it is
+    (`stillhouse.advice`)."""
 
     number: int
     slug: str
@@ -46,6 +47,7 @@ class System:
     moves: str = ""
     remarks: str = ""
     grounds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    advice: dict[str, Any] = field(default_factory=dict)
 
     @property
     def module(self) -> str:

@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from stillhouse import __version__
+from stillhouse.cli.choosing import advise
 from stillhouse.cli.listing import list_systems, show
 from stillhouse.cli.measuring import compare, report, tour, verify
 from stillhouse.cli.models import taps
@@ -54,7 +55,7 @@ def _dispatch(words: list[str]) -> None:
         return
     commands: dict[str, Callable[..., Any]] = {
         "list": list_systems, "show": show, "run": run_help, "verify": verify, "compare": compare, "report": report,
-        "taps": taps, "tour": tour, "version": version,
+        "advise": advise, "taps": taps, "tour": tour, "version": version,
     }
     tyro.extras.subcommand_cli_from_dict(
         commands, args=words or ["--help"], prog="still", config=(FlagCreatePairsOff,),

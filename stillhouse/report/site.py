@@ -29,8 +29,9 @@ FLOORS = {
 }
 """The pages of the house, ground floor first."""
 
-COMMANDS = ("catalog", "verify", "compare", "report", "report.charts", "report.tables", "testing", "tour", "cli",
-            "cli.listing", "cli.running", "cli.resolving", "cli.models", "cli.measuring", "cli.tables", "cli.words")
+COMMANDS = ("catalog", "verify", "compare", "report", "report.charts", "report.tables", "testing", "advice", "tour",
+            "cli", "cli.choosing", "cli.listing", "cli.measuring", "cli.models", "cli.resolving", "cli.running",
+            "cli.tables", "cli.words")
 GUIDES = {"guide/write-your-own.md": "Write your own system", "guide/from-paper-to-file.md": "From paper to file"}
 
 
