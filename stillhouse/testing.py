@@ -27,11 +27,14 @@ Inputs = Callable[[], dict[str, Any]]
 TRAINED = {"student", "scenes"}
 
 
-def check_system(distill: Callable[..., Any], inputs: Inputs | None = None, most_steps: int = 60) -> None:
+def check_system(distill: Callable[..., Any], inputs: Inputs | None = None, most_steps: int = 60,
+                 device: str = "cpu") -> None:
     """Assert what every system promises, on tiny untrained inputs.
 
     `inputs()` gives fresh, deterministic arguments for `distill` (all but `run`) with a config of a few steps; if it is
     left out, the `tiny()` of the system's module is used, or inputs are built from the role annotations.
+
+    On another `device` than "cpu" the models are moved there and deterministic algorithms are asked for.
 
     Checked: loss terms are finite; every model but the student comes back as it was (weights, buffers, modes,
     `requires_grad`, hooks) and no gradient is left anywhere; data sets are unchanged; a run that is stopped after every
@@ -40,11 +43,19 @@ def check_system(distill: Callable[..., Any], inputs: Inputs | None = None, most
 
     Raises AssertionError saying which promise is broken.
     """
-    inputs = inputs or getattr(sys.modules[distill.__module__], "tiny", None) or (lambda: build_inputs(distill))
+    make = inputs or getattr(sys.modules[distill.__module__], "tiny", None) or (lambda: build_inputs(distill))
+
+    def moved() -> dict[str, Any]:
+        given = make()
+        for module in modules_of(given):
+            module.to(device)
+        return given
+
+    options = {"quiet": True, "device": device, "deterministic": device != "cpu"}
     with tempfile.TemporaryDirectory() as folder:
-        expected = _undisturbed(distill, inputs, Path(folder) / "undisturbed")
-        _resumed(distill, inputs, Path(folder) / "resumed", expected, most_steps)
-    _refuses(distill, inputs)
+        expected = _undisturbed(distill, moved, Path(folder) / "undisturbed", options)
+        _resumed(distill, moved, Path(folder) / "resumed", expected, most_steps, options)
+    _refuses(distill, moved, options)
 
 
 def build_inputs(distill: Callable[..., Any]) -> dict[str, Any]:
@@ -111,12 +122,12 @@ def target_digest(target: Any) -> str:
     return digest_of(target_tree(target))
 
 
-def _undisturbed(distill: Callable[..., Any], inputs: Inputs, folder: Path) -> str:
+def _undisturbed(distill: Callable[..., Any], inputs: Inputs, folder: Path, options: dict[str, Any]) -> str:
     given = inputs()
     models = {n: m for n, v in given.items() if n not in TRAINED for m in [v] if list(modules_of(m))}
     before = {name: _condition(model) for name, model in models.items()}
     data = {n: fingerprint(v) for n, v in given.items() if isinstance(v, TensorSet)}
-    with Run(folder, quiet=True) as run:
+    with Run(folder, **options) as run:
         target = distill(**given, run=run)
     for line in run.history:
         for name, value in line.items():
@@ -150,9 +161,10 @@ def _condition(model: Any) -> dict[str, Any]:
     }
 
 
-def _resumed(distill: Callable[..., Any], inputs: Inputs, folder: Path, expected: str, most_steps: int) -> None:
+def _resumed(distill: Callable[..., Any], inputs: Inputs, folder: Path, expected: str, most_steps: int,
+             options: dict[str, Any]) -> None:
     for _ in range(most_steps):
-        with Run(folder, quiet=True, checkpoint_steps=1) as run:
+        with Run(folder, checkpoint_steps=1, **options) as run:
             run.stop()
             try:
                 target = distill(**inputs(), run=run)
@@ -164,12 +176,12 @@ def _resumed(distill: Callable[..., Any], inputs: Inputs, folder: Path, expected
     assert target_digest(target) == expected, (
         "stopped and resumed after every step, the run ends differently: something outlives a step (a local variable, "
         "an optimizer, a queue) without being held by run.loop, or is drawn outside of the run's generators")
-    with Run(folder, quiet=True) as run:
+    with Run(folder, **options) as run:
         again = distill(**inputs(), run=run)
     assert target_digest(again) == expected, "a finished run, started again, gives another target"
 
 
-def _refuses(distill: Callable[..., Any], inputs: Inputs) -> None:
+def _refuses(distill: Callable[..., Any], inputs: Inputs, options: dict[str, Any]) -> None:
     for name, value in inputs().items():
         if not isinstance(value, TensorSet):
             continue
@@ -180,7 +192,7 @@ def _refuses(distill: Callable[..., Any], inputs: Inputs) -> None:
             broken[-1] = float("nan")
             bad["not finite"] = value.with_fields(**{floats[0]: broken})
         for what, data in bad.items():
-            run = Run(quiet=True)
+            run = Run(**options)
             try:
                 distill(**{**inputs(), name: data}, run=run)
             except StillError as error:
