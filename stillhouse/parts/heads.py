@@ -147,8 +147,9 @@ def classifier_from_head(model: Projected, classes: int, features: int, layer: i
 def feature_width(encoder: nn.Module, image: Tensor) -> int:
     """Length of the feature vector that `encoder` gives for one picture; the encoder is left as it was."""
     modes = [(m, m.training) for m in encoder.modules()]
+    home = next((p.device for p in encoder.parameters()), image.device)
     try:
-        return encoder.eval()(image[:1]).flatten(1).shape[1]
+        return encoder.eval()(image[:1].to(home)).flatten(1).shape[1]
     finally:
         for module, training in modes:
             module.training = training

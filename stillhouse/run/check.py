@@ -83,8 +83,9 @@ def _probe(protocol: Any, role: str, model: Any, batch: dict[str, Any]) -> Tenso
     try:
         if isinstance(model, nn.Module):
             model.eval()
+        home = next((t.device for top in modules_of(model) for t in top.parameters()), None)
         with torch.no_grad():
-            out = PROBES[protocol](model, batch)
+            out = PROBES[protocol](model, batch if home is None else to_device(batch, home))
     except Exception as error:
         shapes = {n: tuple(v.shape) for n, v in batch.items() if isinstance(v, Tensor) and n != "index"}
         raise RoleError(f"{role} ({type(model).__name__}) could not process one batch as a {kind} "
