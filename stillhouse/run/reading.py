@@ -130,7 +130,7 @@ def is_map_style(data: Any) -> bool:
 
 def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, non_blocking=device.type != "cpu")  # towards the CPU it would be read too early
     if isinstance(value, dict):
         return {name: to_device(v, device) for name, v in value.items()}
     return value
