@@ -335,9 +335,9 @@ def test_pickles_are_refused_unread(tmp_path, name):
 
 
 def test_other_files_and_settings(tmp_path):
-    (tmp_path / "a.csv").write_text("1,2")
-    with pytest.raises(DataError, match=r"'\.csv'.*\.npz"):
-        read_data(tmp_path / "a.csv")
+    (tmp_path / "a.doc").write_text("1,2")
+    with pytest.raises(DataError, match=r"'\.doc'.*\.npz"):
+        read_data(tmp_path / "a.doc")
     for wrong in ({"size": 0}, {"channels": 2}, {"limit_broken": 1.0}):
         with pytest.raises(ConfigError):
             read_data("digits", **wrong)

@@ -6,7 +6,7 @@ the tokens that a loss is taken on: the response and its end of sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,15 +62,63 @@ def pack_ids(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, leng
     return TensorSet(input_ids=ids, attention_mask=attention, target_mask=target)
 
 
-def pack_plain(texts: Sequence[str], tokenizer: Any, length: int = 512) -> TensorSet:
+def pack_plain(texts: Iterable[str], tokenizer: Any, length: int = 512) -> TensorSet:
     """Plain texts, joined by ends of sequence and cut into full windows of `length` tokens, every one a target."""
-    stream: list[int] = []
-    for text in texts:
-        stream += [*(int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id]
+    stream = [token for text in texts for token in plain_ids(text, tokenizer)]
     windows = len(stream) // length
     require(windows > 0, f"{len(stream)} tokens of plain text do not fill one window of {length}", DataError)
     ids = torch.tensor(stream[: windows * length]).view(windows, length)
     return TensorSet(input_ids=ids, attention_mask=torch.ones_like(ids), target_mask=torch.ones_like(ids))
+
+
+def plain_ids(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text and the end of sequence after it."""
+    return [*(int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id]
+
+
+def tokenised_texts(
+    texts: Sequence[str], tokenizer: Any, length: int = 512, labels: Tensor | None = None
+) -> TensorSet:
+    """One row of `input_ids` and `attention_mask` [n, longest] per text, by a `transformers` tokenizer with its special
+    tokens; longer texts are cut to `length` tokens, shorter ones padded on the right. `labels` [n] become `label`.
+
+    Raises DataError for no texts, or one without a token.
+    """
+    ids, mask = _padded(_encoded(texts, tokenizer, length), _padding(tokenizer))
+    return TensorSet(input_ids=ids, attention_mask=mask, **({} if labels is None else {"label": labels}))
+
+
+def tokenised_targets(pairs: Sequence[tuple[str, str]], tokenizer: Any, length: int = 512) -> TensorSet:
+    """(source, target) texts as a SourceTargets set: `input_ids`, `attention_mask`, and `target_ids` with -100 after
+    the target's end. Both are cut to `length` tokens. Raises DataError as `tokenised_texts`."""
+    ids, mask = _padded(_encoded([source for source, _ in pairs], tokenizer, length), _padding(tokenizer))
+    target, _ = _padded(_encoded([target for _, target in pairs], tokenizer, length, as_target=True), -100)
+    return TensorSet(input_ids=ids, attention_mask=mask, target_ids=target)
+
+
+def _encoded(texts: Sequence[str], tokenizer: Any, length: int, as_target: bool = False) -> list[list[int]]:
+    require(len(texts) > 0, "no texts were given", DataError)
+    require(length >= 1, f"length must be at least 1, not {length}", DataError)
+    given: dict[str, Any] = {"text_target" if as_target else "text": list(texts)}
+    rows = tokenizer(**given, truncation=True, max_length=length)["input_ids"]
+    empty = next((i for i, row in enumerate(rows) if not len(row)), None)
+    require(empty is None, f"text {empty} has no tokens", DataError)
+    return [[int(t) for t in row] for row in rows]
+
+
+def _padding(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if pad is None else pad
+    return 0 if pad is None else int(pad)
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    ids = torch.full((len(rows), max(map(len, rows))), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids, mask
 
 
 def left_padded_prompts(batch: Mapping[str, Tensor], pad: int) -> tuple[Tensor, Tensor]:
