@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 EXTRAS := hf,diffusion,graph,data,export,api,bench,docs,dev
 
-.PHONY: help venv run test lint types tests docs verify tables clean
+.PHONY: help venv run test lint types tests vision docs verify tables clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -36,6 +36,12 @@ tests: $(READY)
 	@echo "tests (two workers)"
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
 
+vision:  ## the adapters to timm and torchvision, in an environment of their own with the stock wheels: some GB
+	@test -x .venv-vision/bin/python || $(PYTHON) -m venv .venv-vision
+	@.venv-vision/bin/pip install --quiet --disable-pip-version-check torch torchvision timm
+	@.venv-vision/bin/pip install --quiet --disable-pip-version-check -e '.[hf,vision]' pytest pytest-xdist beartype
+	@.venv-vision/bin/python -m pytest -n 0 tests/test_hub_vision.py
+
 docs: $(READY)  ## build the site into site/, offline, warnings as errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
@@ -46,5 +52,8 @@ verify: $(READY)  ## measure every claim over seeds 0 to 4, all arms (long; it g
 tables: $(READY)  ## write the tables of README.md anew from results/
 	@$(BIN)/python -m stillhouse.report.tables README.md
 
+bench: $(READY)  ## speed and memory beside TRL and bare PyTorch loops (a few minutes)
+	@$(BIN)/python -m benchmarks
+
 clean:  ## remove the environment, caches of the tools and runs
-	rm -rf .venv runs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-vision runs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

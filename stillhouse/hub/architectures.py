@@ -21,7 +21,10 @@ from stillhouse.errors import ConfigError, DamagedFileError, MissingExtraError, 
 TARGET = "target.json"
 """The file beside saved weights that says what they are."""
 
-ADAPTERS = {"ImageModel": "stillhouse.hub.transformers", "DiffusersNetwork": "stillhouse.hub.diffusers"}
+ADAPTERS = {"ImageModel": "stillhouse.hub.transformers", "DiffusersNetwork": "stillhouse.hub.diffusers",
+            "TextModel": "stillhouse.hub.text", "SpeechToText": "stillhouse.hub.seq2seq",
+            "CLIPDualEncoder": "stillhouse.hub.dual_encoders", "VisionModel": "stillhouse.hub.vision",
+            "PygModel": "stillhouse.hub.graphs"}
 """Adapters with `spec()`, all but their weights in JSON, and `from_spec(spec)`; and where they live."""
 
 _ORIGINS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -47,15 +50,38 @@ def _described(model: nn.Module) -> dict[str, Any] | None:
     name = type(model).__name__
     if name in ADAPTERS and type(model).__module__ == ADAPTERS[name]:
         adapter: Any = model
-        return {"adapter": name, "spec": adapter.spec()}
+        spec = adapter.spec()
+        return None if spec is None else {"adapter": name, "spec": spec}
     if isinstance(model, NetworkDenoiser):
         inner = describe(model.network)
         return inner and {"denoiser": model.spec(), "network": inner}
     library = {c.__name__: c.__module__.partition(".")[0] for c in type(model).__mro__}
     if library.get("PreTrainedModel") == "transformers":
         hf: Any = model
-        return {"transformers": name, "config": json.loads(hf.config.to_json_string(use_diff=False))}
+        return {"transformers": name, "config": configuration(hf), "generation": generation(hf)}
     return None
+
+
+def configuration(model: Any) -> dict[str, Any]:
+    """The whole configuration of a `transformers` model, but for the place that it was read from."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    return config
+
+
+def generation(model: Any) -> dict[str, Any] | None:
+    """How a `transformers` model generates text, where it does: its end tokens, lengths and the like."""
+    settings = getattr(model, "generation_config", None)
+    return None if settings is None else json.loads(settings.to_json_string())
+
+
+def with_generation(model: Any, settings: dict[str, Any] | None) -> Any:
+    """`model`, generating as `settings` say; None leaves it as it is."""
+    if settings is not None:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_dict(settings)
+    return model
 
 
 def rebuild(description: Any, build: Callable[[str], nn.Module]) -> nn.Module:
@@ -71,7 +97,7 @@ def rebuild(description: Any, build: Callable[[str], nn.Module]) -> nn.Module:
         if "denoiser" in description:
             return NetworkDenoiser.from_spec(rebuild(description["network"], build), description["denoiser"])
         kind = library_class("transformers", str(description["transformers"]), "PreTrainedModel")
-        return kind(kind.config_class.from_dict(description["config"]))
+        return with_generation(kind(kind.config_class.from_dict(description["config"])), description.get("generation"))
     except StillError:
         raise
     except Exception as error:

@@ -16,7 +16,7 @@ from stillhouse.diffusion.denoise import NetworkDenoiser
 from stillhouse.diffusion.grids import trailing
 from stillhouse.diffusion.process import VE, Flow, Process, VPTable, process_of
 from stillhouse.diffusion.samplers import FewStepSampler
-from stillhouse.errors import RoleError, StoreError
+from stillhouse.errors import RoleError, StoreError, require
 from stillhouse.hub.architectures import library_class
 from stillhouse.store import write_text
 
@@ -25,10 +25,11 @@ PREDICTIONS: dict[str, Parameterisation] = {
 
 
 class DiffusersNetwork(nn.Module):
-    """A UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel called as network(x_t, t, condition).
+    """A network of `diffusers` called as network(x_t, t, condition).
 
-    The condition is class labels (UNet2DModel, DiT), text embeddings [batch, tokens, width] (UNet2DConditionModel), or
-    for SDXL the flat tensor of `pack_sdxl`. A learned variance (twice the channels, as in DiT) is dropped.
+    The condition is class labels (UNet2DModel, DiTTransformer2DModel), text embeddings [batch, tokens, width]
+    (UNet2DConditionModel, PixArtTransformer2DModel), or a flat tensor of `pack_sdxl` for SDXL and of `pack_sd3` for
+    SD3Transformer2DModel. A learned variance (twice the channels, as in DiT) is dropped.
     """
 
     def __init__(self, model: nn.Module, process: Process, timesteps: int):
@@ -59,9 +60,16 @@ class DiffusersNetwork(nn.Module):
         match type(self.model).__name__:
             case "UNet2DConditionModel":
                 given: dict[str, Any] = _text_condition(self.model, condition)
+            case "SD3Transformer2DModel":
+                given = _sd3_condition(self.model, condition)
+            case "PixArtTransformer2DModel":
+                require(condition is not None, "a PixArtTransformer2DModel needs text embeddings as its condition",
+                        RoleError)
+                given = {"encoder_hidden_states": condition,
+                         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
             case _:
                 given = {"class_labels": condition}
-        return self.model(x_t, timestep, **given, return_dict=False)[0][:, : x_t.shape[1]]
+        return self.model(x_t, timestep=timestep, **given, return_dict=False)[0][:, : x_t.shape[1]]
 
 
 def from_diffusers(
@@ -112,6 +120,13 @@ def pack_sdxl(
     return torch.cat([tokens.flatten(1), pooled, time_ids], 1)
 
 
+def pack_sd3(
+    tokens: Float[Tensor, "batch tokens width"], pooled: Float[Tensor, "batch pooled"]
+) -> Float[Tensor, "batch packed"]:
+    """Stable Diffusion 3's two conditions as one flat tensor per sample."""
+    return torch.cat([tokens.flatten(1), pooled], 1)
+
+
 def save_pretrained(sampler: FewStepSampler, folder: Path | str) -> Path:
     """Write a sampler for `diffusers`: the network in `network`, its scheduler in `scheduler`, and `timesteps.json`.
 
@@ -120,11 +135,22 @@ def save_pretrained(sampler: FewStepSampler, folder: Path | str) -> Path:
     CMStochasticIterativeScheduler of a ConsistencyModelPipeline, to be called with them too. A clipping sampler needs
     the DDIM pipeline's use_clipped_model_output=True. Raises StoreError on other samplers.
     """
+    folder = Path(folder)
+    model, scheduler, timesteps = network_and_scheduler(sampler)
+    model.save_pretrained(folder / "network")
+    scheduler.save_pretrained(folder / "scheduler")
+    write_text(folder / "timesteps.json", json.dumps(timesteps))
+    return folder
+
+
+def network_and_scheduler(sampler: FewStepSampler) -> tuple[Any, Any, list[int]]:
+    """The network of a sampler, the scheduler of `diffusers` that takes its steps, and their timesteps; see
+    `save_pretrained`."""
     from diffusers import DDIMScheduler, LCMScheduler
 
-    denoiser, folder = sampler.denoiser, Path(folder)
+    denoiser = sampler.denoiser
     if sampler.mode == "consistency":
-        return _save_consistency(sampler, folder)
+        return _consistency(sampler)
     if not (isinstance(denoiser, NetworkDenoiser) and isinstance(denoiser.network, DiffusersNetwork)
             and isinstance(denoiser.process, VPTable)):
         raise StoreError("only a sampler of a diffusers network on a discrete schedule can be written for diffusers; "
@@ -145,11 +171,7 @@ def save_pretrained(sampler: FewStepSampler, folder: Path | str) -> Path:
         scheduler: Any = DDIMScheduler(**shared, timestep_spacing="trailing", set_alpha_to_one=True)
     else:
         scheduler = LCMScheduler(**shared, original_inference_steps=total)
-    model: Any = denoiser.network.model
-    model.save_pretrained(folder / "network")
-    scheduler.save_pretrained(folder / "scheduler")
-    write_text(folder / "timesteps.json", json.dumps(timesteps))
-    return folder
+    return denoiser.network.model, scheduler, timesteps
 
 
 def _edm(model: Any, scheduler: Any, null_condition: Tensor | None) -> NetworkDenoiser:
@@ -166,7 +188,7 @@ def _edm(model: Any, scheduler: Any, null_condition: Tensor | None) -> NetworkDe
         bottleneck=_bottleneck(model), boundary=consistency)
 
 
-def _save_consistency(sampler: FewStepSampler, folder: Path) -> Path:
+def _consistency(sampler: FewStepSampler) -> tuple[Any, Any, list[int]]:
     from diffusers import CMStochasticIterativeScheduler
 
     denoiser: Any = sampler.denoiser
@@ -181,11 +203,7 @@ def _save_consistency(sampler: FewStepSampler, folder: Path) -> Path:
     scheduler: Any = CMStochasticIterativeScheduler(
         total, process.sigma_min, process.sigma_max, denoiser.sigma_data, rho=process.rho,
         clip_denoised=sampler.clip is not None)
-    model: Any = network.model
-    model.save_pretrained(folder / "network")
-    scheduler.save_pretrained(folder / "scheduler")
-    write_text(folder / "timesteps.json", json.dumps([round((1 - t) * (total - 1)) for t in sampler.times[-2::-1]]))
-    return folder
+    return network.model, scheduler, [round((1 - t) * (total - 1)) for t in sampler.times[-2::-1]]
 
 
 def _text_condition(model: Any, condition: Tensor | None) -> dict[str, Any]:
@@ -197,6 +215,16 @@ def _text_condition(model: Any, condition: Tensor | None) -> dict[str, Any]:
     tokens, text, ids = condition.split([condition.shape[1] - pooled - 6, pooled, 6], 1)
     tokens = tokens.reshape(len(tokens), -1, model.config.cross_attention_dim)
     return {"encoder_hidden_states": tokens, "added_cond_kwargs": {"text_embeds": text, "time_ids": ids}}
+
+
+def _sd3_condition(model: Any, condition: Tensor | None) -> dict[str, Any]:
+    require(condition is not None, "an SD3Transformer2DModel needs text embeddings as its condition (pack_sd3)",
+            RoleError)
+    assert condition is not None
+    pooled = int(model.config.pooled_projection_dim)
+    tokens, text = condition.split([condition.shape[1] - pooled, pooled], 1)
+    return {"encoder_hidden_states": tokens.reshape(len(tokens), -1, int(model.config.joint_attention_dim)),
+            "pooled_projections": text}
 
 
 def _bottleneck(model: Any) -> str | None:

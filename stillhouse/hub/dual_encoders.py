@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from stillhouse.errors import DamagedFileError, RoleError, require
 from stillhouse.hub.refusals import read_json
-from stillhouse.hub.transformers import ImageModel, _check_loaded, _config, _library, _pictures, _safely
+from stillhouse.hub.transformers import (
+    ImageModel,
+    _check_loaded,
+    _check_options,
+    _config,
+    _flag,
+    _library,
+    _made,
+    _pictures,
+    _safely,
+)
 from stillhouse.parts.class_vectors import cosine_logits
 from stillhouse.parts.heads import mlp
 from stillhouse.parts.prompts import DeepPrompts, appended, replaced
@@ -21,6 +31,12 @@ from stillhouse.store import load_tree, save_tree, write_text
 
 VISION = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 """Configurations of the pictures' side, and their classes."""
+
+TEXT = {"clip_text_model": "CLIPTextModel", "siglip_text_model": "SiglipTextModel"}
+"""Configurations of the texts' side, and their classes."""
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
+"""Files one of which a folder with a tokenizer has."""
 
 
 class VisionTower(ImageModel):
@@ -56,14 +72,18 @@ class VisionTower(ImageModel):
     def of(cls, spec: dict[str, Any]) -> VisionTower:
         """The tower that `spec` describes, with weights that are still to be loaded."""
         hf = _library()
-        config = dict(spec["config"])
-        kind = config.pop("model_type", None)
-        require(kind in VISION, f"the pictures' side is a '{kind}'; understood are {', '.join(VISION)}", RoleError)
-        model = getattr(hf, VISION[kind])(hf.AutoConfig.for_model(kind, **config))
-        projection = None
-        if spec["features"] is not None:
-            projection = nn.Linear(model.config.hidden_size, spec["features"], bias=False)
+        model, projection = _side(hf, spec, VISION)
         return cls(model, projection, spec["mean"], spec["std"], None if spec["size"] is None else tuple(spec["size"]))
+
+
+def _side(hf: Any, spec: dict[str, Any], classes: dict[str, str]) -> tuple[Any, nn.Linear | None]:
+    """One side of a dual encoder as `spec` describes it, with fresh weights, and its projection."""
+    config = dict(spec["config"])
+    kind = config.pop("model_type", None)
+    require(kind in classes, f"one side is a '{kind}'; understood are {', '.join(classes)}", RoleError)
+    model = getattr(hf, classes[kind])(hf.AutoConfig.for_model(kind, **config))
+    features = spec["features"]
+    return model, None if features is None else nn.Linear(model.config.hidden_size, features, bias=False)
 
 
 class TextTower(nn.Module):
@@ -91,6 +111,28 @@ class TextTower(nn.Module):
                                max_length=self.length, return_tensors="pt")
         return found["input_ids"].to(self.embedding.weight.device)
 
+    def spec(self) -> dict[str, Any] | None:
+        """All but the weights, for JSON; None with a tokenizer that is a program instead of a table."""
+        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
+        if tokenizer is None:
+            return None
+        features = None if self.projection is None else self.projection.weight.shape[0]
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()
+                   if name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return {"config": self.model.config.to_dict(), "features": features, "tokenizer": tokenizer.to_str(),
+                "special": special, "longest": self.tokenizer.model_max_length}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> TextTower:
+        """A tower as `spec` describes it, with fresh weights."""
+        from tokenizers import Tokenizer
+
+        hf = _library()
+        model, projection = _side(hf, spec, TEXT)
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(spec["tokenizer"]),
+                                               model_max_length=spec["longest"], **spec["special"])
+        return cls(model, projection, tokenizer)
+
     @property
     def embedding(self) -> nn.Embedding:
         return self.model.embeddings.token_embedding
@@ -114,6 +156,18 @@ class CLIPDualEncoder(nn.Module):
     def __init__(self, vision: VisionTower, text: TextTower, logit_scale: nn.Parameter):
         super().__init__()
         self.vision, self.text, self.logit_scale = vision, text, logit_scale
+
+    def spec(self) -> dict[str, Any] | None:
+        """All but the weights, for JSON, the tokenizer among it; None where its tokenizer cannot be put so."""
+        text = self.text.spec()
+        return None if text is None else {"vision": self.vision.spec(), "text": text,
+                                          "scale": list(self.logit_scale.shape)}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> CLIPDualEncoder:
+        """A dual encoder as `spec` describes it, with fresh weights."""
+        return cls(VisionTower.of(spec["vision"]), TextTower.from_spec(spec["text"]),
+                   nn.Parameter(torch.zeros(spec["scale"])))
 
     @property
     def scale(self) -> Tensor:
@@ -148,22 +202,24 @@ def adapt_dual(model: Any, tokenizer: Any, name: str | None = None) -> CLIPDualE
     return CLIPDualEncoder(vision, text, model.logit_scale)
 
 
-def load_dual(name: str) -> CLIPDualEncoder:
+def load_dual(name: str, **options: Any) -> CLIPDualEncoder:
     """The CLIP or SigLIP `name` of the hub, or in a folder, with its tokenizer and image processor.
 
-    Weights come from safetensors alone. Raises RoleError for another kind of model or a folder without a tokenizer,
-    UnknownNameError where nothing is found.
+    `fresh=True` draws new weights for its configuration. Weights come from safetensors alone. Raises RoleError for
+    another kind of model or a folder without a tokenizer, UnknownNameError where nothing is found.
     """
     hf = _library()
-    config = _config(hf, name, {})
+    fresh = _flag(options, "fresh")
+    _check_options(options, "dual encoder", name)
+    folder, config = _config(hf, name, {}, fresh)
     require(config.model_type in ("clip", "siglip"), f"'{name}' ({config.model_type}) is no CLIP or SigLIP, which this "
             "role needs", RoleError)
-    model, found = _safely(name, lambda: hf.AutoModel.from_pretrained(
-        name, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
-        output_loading_info=True))
+    model, found = _made(hf, hf.AutoModel, folder, config, name, fresh)
     _check_loaded(model, found, "dual", name, new_head=False)
-    tokenizer = _safely(name, lambda: hf.AutoTokenizer.from_pretrained(name, trust_remote_code=False))
-    return adapt_dual(model.eval(), tokenizer, name)
+    require(any((folder / file).is_file() for file in TOKENIZERS), f"'{name}' comes without its tokenizer, with which "
+            "a dual encoder reads texts; save it beside the model: tokenizer.save_pretrained(folder)", RoleError)
+    tokenizer = _safely(name, folder, lambda: hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    return adapt_dual(model.eval(), tokenizer, str(folder))
 
 
 class VectorClassifier(nn.Module):

@@ -16,27 +16,34 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stillhouse.data.readers import PICKLES, parse_options
+from stillhouse.diffusion.denoise import NetworkDenoiser
 from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import ConfigError, DamagedFileError, RoleError, UnknownNameError, require
 from stillhouse.hub.architectures import TARGET, rebuild, refuse_words, remember
 from stillhouse.hub.refusals import PICKLE, looks_foreign, read_json
-from stillhouse.models import convnets, gnn, language
+from stillhouse.models import convnets, flows, gnn, language
 from stillhouse.parts.packed import LAYOUT as QUANTIZED
 from stillhouse.parts.packed import QuantizedModel
 from stillhouse.parts.surgeon import FILE as PRUNED
 from stillhouse.parts.taps import taps
-from stillhouse.protocols import CausalLM, Denoiser, Density, DualEncoder, Network, SpeechEncoder
+from stillhouse.protocols import CausalLM, Denoiser, Density, DualEncoder, Network, Seq2Seq, SpeechEncoder
 from stillhouse.run.seeds import derive, preserved, reseed
 from stillhouse.store import load_tree
 
 SCHEMES = ("module:callable", "weights.safetensors (with --arch module:callable)", "a folder saved by Stillhouse (with "
-           "--arch)", "zoo:NAME", "hf:NAME_OR_FOLDER", "diffusers:FOLDER", "an embedded network such as convnet")
+           "--arch)", "zoo:NAME", "hf:NAME_OR_FOLDER", "diffusers:FOLDER", "an embedded network such as convnet",
+           "timm:NAME", "torchvision:NAME", "cache:FOLDER", "api:BASE_URL:model=NAME,tokenizer=FOLDER")
 WEIGHTS = ("model.safetensors", "weights.safetensors")
+
+def _picture_flow(channels: int = 1, image_size: int = 8, **options: Any) -> nn.Module:
+    return flows.picture_flow((channels, image_size, image_size), **options)
+
 
 EMBEDDED: dict[str, Callable[..., nn.Module]] = {
     "convnet": convnets.ConvNet, "tiny-convnet": convnets.TinyConvNet, "resnet": convnets.SmallResNet,
     "vgg": convnets.SmallVGG, "alexnet": convnets.SmallAlexNet, "lenet": convnets.LeNet, "mlp": convnets.MLP,
     "conv-encoder": convnets.ConvEncoder, "gnn": gnn.GNN,
+    "point-flow": flows.point_flow, "picture-flow": _picture_flow,
     "gpt2": language.gpt2, "opt": language.opt, "llama": language.llama,
 }
 """Embedded networks by name; they come with freshly drawn weights."""
@@ -57,10 +64,17 @@ def resolve_model(
     - `weights.safetensors`, or a folder in which Stillhouse saved a target (the run's folder will do): weights for the
       network that `arch`, another `module:callable` or `hf:NAME`, builds.
     - `zoo:NAME`, optionally with options: a loader of the mapping `zoo`.
-    - `hf:NAME_OR_FOLDER`: an image classifier, an encoder, a causal language model or a dual encoder (CLIP, SigLIP) of
-      `transformers`, by the role;
-      `hf:NAME:num_labels=10` puts a new last layer on a classifier.
+    - `hf:NAME_OR_FOLDER`: a model of `transformers`, by the role: a classifier or encoder of pictures or of texts, a
+      causal language model, an encoder-decoder (T5, BART, Whisper), a speech encoder, a dual encoder (CLIP, SigLIP).
+      `hf:NAME:num_labels=10` puts a new last layer on a classifier, `hf:NAME:fresh=true` draws new weights,
+      `hf:NAME:pooling=first` takes a text's features from its first token instead of their mean.
+    - `timm:NAME` or `torchvision:NAME`: a classifier or encoder of pictures, with the options `pretrained=false`,
+      `num_classes=10` and `weights=FILE.safetensors`.
+    - `pyg:GIN:in_channels=7,hidden_channels=16,num_layers=2,classes=2`: a graph network of torch_geometric (GCN, GIN,
+      GraphSAGE, GAT), with the options `readout` and `weights=FILE.safetensors` beside those of its class.
     - `diffusers:FOLDER`: a network and its scheduler as a Denoiser.
+    - `cache:FOLDER`: what `still cache` kept of a teacher, in its place. `api:BASE_URL:model=NAME,tokenizer=FOLDER`: a
+      language model behind an endpoint (`stillhouse.hub.endpoint`), for roles that take a TopKTeacher.
     - An embedded network with fresh weights, optionally with options: `convnet:width=32,image_size=16` (`EMBEDDED`).
     - For a role kind with a `load` of its own, such as recorded trajectories: the folder that it was saved in.
 
@@ -95,28 +109,41 @@ def built(text: str, zoo: Mapping[str, Callable[..., nn.Module]] | None = None) 
 def _model(text: str, kind: Any, arch: str | None, zoo: Mapping[str, Callable[..., nn.Module]]) -> Any:
     scheme, _, rest = text.partition(":")
     path = Path(text).expanduser()
-    if scheme in ("zoo", "hf", "diffusers") and rest:
+    if scheme in ("zoo", "hf", "diffusers", "timm", "torchvision", "cache", "api", "pyg") and rest:
         require(arch is None, f"arch says how to build a network for weights in a file; '{text}' brings its own")
+        if scheme == "cache":
+            from stillhouse.hub.cached import load_cached
+
+            return load_cached(rest, kind)
+        if scheme == "api":
+            from stillhouse.hub.endpoint import load_endpoint
+
+            return load_endpoint(rest, kind)
         if scheme == "zoo":
             return remember(_from_zoo(rest, zoo)(), text)
         if scheme == "diffusers":
             from stillhouse.hub.folders import denoiser_from
 
             return denoiser_from(rest)
-        from stillhouse.hub.transformers import load
+        name, _, words = rest.partition(":")
+        options = parse_options(words) if words else {}
+        if scheme in ("timm", "torchvision"):
+            from stillhouse.hub import vision
 
-        name, _, options = rest.partition(":")
+            return vision.load(scheme, name, kind, **options)
+        if scheme == "pyg":
+            return _graph_model(name, options)()
         if kind is SpeechEncoder:
             from stillhouse.hub import speech
 
-            require(not options, f"a speech encoder takes no options, got {options}", RoleError)
-            return speech.load(name)
+            return speech.load(name, **options)
         if kind is DualEncoder:
             from stillhouse.hub.dual_encoders import load_dual
 
-            require(not options, f"a dual encoder takes no options, got {options}", RoleError)
-            return load_dual(name)
-        return load(name, kind, **(parse_options(options) if options else {}))
+            return load_dual(name, **options)
+        from stillhouse.hub.transformers import load
+
+        return load(name, kind, **options)
     if path.suffix.lower() in PICKLES:
         raise RoleError(f"{path}: {PICKLE}")
     pruned = [p for p in (path, path / "target") if (p / PRUNED).is_file()]
@@ -143,17 +170,36 @@ def _factory(text: str, zoo: Mapping[str, Callable[..., nn.Module]]) -> Callable
 
         name, _, options = rest.partition(":")
         make = fresh(name, **(parse_options(options) if options else {}))
-    elif scheme in ("zoo", "diffusers") or Path(text).is_dir() or Path(text).suffix in (".safetensors", *PICKLES):
+    elif scheme in ("timm", "torchvision") and rest:
+        from stillhouse.hub import vision
+
+        name, _, options = rest.partition(":")
+        make = vision.fresh(scheme, name, **(parse_options(options) if options else {}))
+    elif scheme == "pyg" and rest:
+        name, _, options = rest.partition(":")
+        make = _graph_model(name, parse_options(options) if options else {})
+    elif (scheme in ("zoo", "diffusers", "cache", "api") or Path(text).is_dir()
+          or Path(text).suffix in (".safetensors", *PICKLES)):
         raise RoleError("this role needs a factory that gives a freshly initialised network at every call; "
                         f"'{text}' is one model with weights. Give module:callable")
     else:
         make = _callable(text)
-    remember(make, text) if scheme != "hf" else None
+    remember(make, text) if scheme not in ("hf", "timm", "torchvision", "pyg") else None
     first, second = fit_role(make(), None, text), fit_role(make(), None, text)
     shared = {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
     require(first is not second and not shared, f"'{text}' returns the same module, or the same weights, every time; a "
             "factory must build new ones at every call", RoleError)
     return make
+
+
+def _graph_model(name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
+    from stillhouse.hub import graphs
+
+    try:
+        inspect.signature(graphs.load).bind(name, **options)
+    except TypeError as error:
+        raise ConfigError(f"'pyg:{name}' cannot be built so: {error}") from error
+    return lambda: graphs.load(name, **options)
 
 
 def _from_zoo(text: str, zoo: Mapping[str, Callable[..., nn.Module]]) -> Callable[[], nn.Module]:
@@ -240,7 +286,8 @@ def _weights_file(path: Path) -> Path:
 def _with_weights(path: Path, arch: str | None, zoo: Mapping[str, Callable[..., nn.Module]]) -> Any:
     build = builder(path.parent, arch, zoo)
     if (path.parent / "sampler.json").is_file():
-        return FewStepSampler.load(path.parent, build()).denoiser
+        made: Any = build()
+        return FewStepSampler.load(path.parent, made.network if isinstance(made, NetworkDenoiser) else made).denoiser
     if (path.parent / QUANTIZED).is_file():
         return QuantizedModel.load(path.parent, build()).model
     return load_weights(build(), path)
@@ -314,16 +361,30 @@ def fit_role(model: Any, kind: Any, name: str) -> Any:
     if kind is Density and not (hasattr(model, "log_prob") and hasattr(model, "sample")):
         raise RoleError(f"'{name}' ({type(model).__name__}) is no density: it has no log_prob and sample. Give one, "
                         "e.g. stillhouse.models.flows:picture_flow, or wrap a flow in its FlowDensity")
-    if kind is CausalLM and not hasattr(model, "generate"):
+    if kind is CausalLM and not (hasattr(model, "generate") or hasattr(model, "top_k")):
         raise RoleError(f"'{name}' ({type(model).__name__}) is no causal language model: it has no `generate`")
+    if kind is Seq2Seq and not hasattr(model, "generate"):
+        raise RoleError(f"'{name}' ({type(model).__name__}) is no encoder-decoder that writes text: it has no "
+                        "`generate`")
+    if kind is Seq2Seq and getattr(model, "main_input_name", "") == "input_features":
+        raise RoleError(f"'{name}' ({type(model).__name__}) reads spectrograms; wrap it with the settings of its "
+                        "feature extractor in stillhouse.hub.seq2seq.SpeechToText, or give hf:FOLDER")
+    if getattr(kind, "__name__", "") in ("TextClassifier", "TextEncoder") and _of_transformers(model):
+        from stillhouse.hub.text import wrap_text
+
+        return wrap_text(model, kind, name)
     if getattr(kind, "__name__", "") in ("Classifier", "Encoder"):
         require(not hasattr(model, "process"), f"'{name}' ({type(model).__name__}) is a Denoiser; this role needs "
                 f"{'class logits' if kind.__name__ == 'Classifier' else 'features'} of pictures", RoleError)
-        if "transformers" in {c.__module__.partition(".")[0] for c in type(model).__mro__}:
+        if _of_transformers(model):
             from stillhouse.hub.transformers import wrap
 
             return wrap(model, kind, name)
     return model
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    return "transformers" in {c.__module__.partition(".")[0] for c in type(model).__mro__}
 
 
 class Adapted(nn.Module):
@@ -337,15 +398,15 @@ class Adapted(nn.Module):
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._logits(self.module(image, *args, **kwargs))
 
-    def encode(self, image: Tensor) -> Tensor:
-        """One feature vector per picture."""
+    def encode(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One feature vector per picture, or per text where `image` are its token ids."""
         if self._encode is None:
             raise RoleError("this model was adapted without encode=…; name the inner module whose output is its "
                             "feature")
         if callable(self._encode):
-            return self._encode(self.module, image)
+            return self._encode(self.module, image, *args, **kwargs)
         with taps(self.module, [self._encode]) as features:
-            self.module(image)
+            self.module(image, *args, **kwargs)
             value = features[self._encode]
         return value.mean((2, 3)) if value.dim() == 4 else value[:, 0] if value.dim() == 3 else value
 
@@ -353,13 +414,14 @@ class Adapted(nn.Module):
 def adapt(
     module: nn.Module,
     logits: str | int | Callable[[Any], Tensor] | None = None,
-    encode: str | Callable[[nn.Module, Tensor], Tensor] | None = None,
+    encode: str | Callable[..., Tensor] | None = None,
 ) -> Adapted:
     """Make `module` a Classifier, and an Encoder by `.encode`, without changing it; its parameters are shared.
+    A module that takes (input_ids, attention_mask) becomes a TextClassifier and a TextEncoder in the same way.
 
     `logits` takes them out of what the module returns: an attribute or key ("logits"), a position, or a function of the
     output; None where it returns them. `encode` is the path of the inner module whose output is the feature (of maps
-    [batch, channels, height, width] the mean, of tokens the first), or a function of the module and the pictures.
+    [batch, channels, height, width] the mean, of tokens the first), or a function of the module and what it is given.
     Raises RoleError for what is no nn.Module or a path it does not have.
     """
     require(isinstance(module, nn.Module), f"adapt takes an nn.Module, not a {type(module).__name__}", RoleError)

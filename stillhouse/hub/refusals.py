@@ -14,6 +14,8 @@ PICKLE = ("a pickle (or a format that may hold one) can run any program while it
 CODE = ("its repository asks to run code of its own (trust_remote_code), which is refused. If you have read and trust "
         "it, build the model in a Python file of yours and give module:callable")
 
+POINTER = b"version https://git-lfs"
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises DamagedFileError."""
@@ -23,6 +25,34 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DamagedFileError(f"cannot read {path}: {error}") from error
     require(isinstance(found, dict), f"{path} is no JSON object", DamagedFileError)
     return found
+
+
+def check_whole(folder: Path, name: str) -> None:
+    """Raise DamagedFileError for a folder of `transformers` that was only partly downloaded: an empty file, a pointer
+    of git-lfs in the place of one, or weights in shards some of which are missing; RoleError where there is no model.
+    """
+    require((folder / "config.json").is_file(), f"the folder {folder} has no config.json; it must be one that "
+            "save_pretrained wrote", RoleError)
+    require(not (folder / "adapter_config.json").is_file(), f"{folder} holds an adapter (LoRA) beside or without the "
+            "model it belongs to; merge it once, model.merge_and_unload().save_pretrained(folder), and give that "
+            "folder", RoleError)
+    partly = f"the weights of '{name}' are damaged or only partly there"
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+        require(bool(start), f"{partly}: {path.name} is empty. Download it again", DamagedFileError)
+        require(start != POINTER, f"{partly}: {path.name} is a pointer of git-lfs, not the file. Run `git lfs pull` in "
+                f"{folder}, or `hf download`", DamagedFileError)
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        shards = read_json(index).get("weight_map")
+        require(isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values()),
+                f"{index} names no shards", DamagedFileError)
+        named = sorted(set(shards.values())) if isinstance(shards, dict) else []
+        outside = [shard for shard in named if Path(shard).name != shard]
+        require(not outside, f"{index} names a file outside of its folder: {(outside or [''])[0]}", RoleError)
+        missing = [shard for shard in named if not (folder / shard).is_file()]
+        require(not missing, f"{partly}: {len(missing)} of {len(named)} shards are missing ({', '.join(missing[:3])}). "
+                "Finish the download", DamagedFileError)
 
 
 def looks_foreign(folder: Path) -> None:

@@ -9,31 +9,30 @@ import torch
 from torch import nn
 
 from stillhouse.errors import DamagedFileError, MissingExtraError, RoleError, require
-from stillhouse.hub.refusals import PICKLE, only_pickles, read_json
+from stillhouse.hub.refusals import read_json
 from stillhouse.parts.surgeon import FILE, cut, layout
 from stillhouse.store import load_tree
 
 CLASSES = ("HubertModel", "Wav2Vec2Model", "WavLMModel")
 
 
-def load(name: str) -> nn.Module:
+def load(name: str, **options: Any) -> nn.Module:
     """The speech encoder `name` of the hub, or in a folder that `save_pretrained` wrote, in eval mode.
 
-    Raises RoleError for another kind of model, pickled weights, or weights that lack tensors.
+    `fresh=True` draws new weights for its configuration. A model whose feature extractor has do_normalize wants sound
+    of mean 0 and variance 1. Raises RoleError for another kind of model, pickled weights, or weights that lack tensors;
+    DamagedFileError for a download that was cut off.
     """
+    from stillhouse.hub.transformers import _check_options, _config, _flag, _made
+
     hf = _library()
-    folder = Path(name).expanduser()
-    found = only_pickles(folder) if folder.is_dir() else []
-    require(not found, f"{(found or [folder])[0]}: {PICKLE}", RoleError)
-    from stillhouse.hub.transformers import _safely
-
-    def read() -> tuple[Any, Any]:
-        return hf.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
-                                            output_loading_info=True)
-
-    model, info = _safely(name, read)
-    require(type(model).__name__ in CLASSES, f"'{name}' is a {type(model).__name__}; this role needs one of "
+    fresh = _flag(options, "fresh")
+    _check_options(options, "speech encoder", name)
+    folder, config = _config(hf, name, {}, fresh)
+    known = [kind for kind in CLASSES if isinstance(config, getattr(hf, kind).config_class)]
+    require(bool(known), f"'{name}' is a {(config.architectures or [config.model_type])[0]}; this role needs one of "
             f"{', '.join(CLASSES)}", RoleError)
+    model, info = _made(hf, hf.AutoModel, folder, config, name, fresh)
     missing = [key for key in info["missing_keys"] if "masked_spec_embed" not in key]
     require(not missing, f"the weights of '{name}' lack {len(missing)} tensors ({', '.join(missing[:3])}, …), which "
             "would be random numbers", RoleError)

@@ -1,11 +1,10 @@
-"""Models of the library `transformers` by name: image classifiers, encoders and causal language models.
+"""Models of the library `transformers` by name: of pictures, of text and of speech, by the role they are to play.
 
 Weights come from safetensors alone, and no code of a model's repository is run.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,13 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from stillhouse.errors import DamagedFileError, MissingExtraError, RoleError, UnknownNameError, require
-from stillhouse.hub.architectures import library_class
-from stillhouse.hub.refusals import CODE, PICKLE, only_pickles
-from stillhouse.protocols import CausalLM
+from stillhouse.errors import DamagedFileError, MissingExtraError, RoleError, StillError, UnknownNameError, require
+from stillhouse.hub.architectures import configuration, library_class
+from stillhouse.hub.downloads import local_folder
+from stillhouse.hub.refusals import CODE, PICKLE, check_whole, only_pickles
+
+OPTIONS = {"classifier": ("num_labels",), "text classifier": ("num_labels", "pooling"), "text encoder": ("pooling",)}
+"""What may follow the name of a model beside `fresh`, by the kind of model."""
 
 
 class ImageModel(nn.Module):
@@ -44,7 +46,7 @@ class ImageModel(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """All but the weights, for JSON."""
-        return {"class": type(self.model).__name__, "config": json.loads(self.model.config.to_json_string(False)),
+        return {"class": type(self.model).__name__, "config": configuration(self.model),
                 "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist(), "size": self.size,
                 "features": self.features, "pooled": self.pooled}
 
@@ -58,13 +60,7 @@ class ImageModel(nn.Module):
 
     def prepared(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch c h w"]:
         """The pictures as the model takes them."""
-        if image.shape[1] != self.channels:
-            require(image.shape[1] == 1, f"pictures of {image.shape[1]} channels were given to a model of "
-                    f"{self.channels}", RoleError)
-            image = image.expand(-1, self.channels, -1, -1)
-        if self.size is not None and tuple(image.shape[-2:]) != self.size:
-            image = F.interpolate(image, self.size, mode="bilinear", antialias=True, align_corners=False)
-        return ((image + 1) / 2 - self.mean) / self.std
+        return prepare(image, self.channels, self.size, self.mean, self.std)
 
     def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch outputs"]:
         if self.features or not self.classes:
@@ -86,57 +82,122 @@ class ImageModel(nn.Module):
         return pooled.flatten(1)
 
 
-def load(name: str, kind: Any = None, **options: Any) -> nn.Module:
-    """The model `name` of the hub, or in a folder, for the role kind: a CausalLM as it is, a Classifier or Encoder (or
-    None: a classifier if its configuration says so, else a language model) as an ImageModel.
+def prepare(image: Float[Tensor, "batch channels height width"], channels: int, size: tuple[int, int] | None,
+            mean: Tensor, std: Tensor) -> Float[Tensor, "batch c h w"]:
+    """Pictures in [-1, 1] with the channels, size, mean and standard deviation (for values in [0, 1]) of a model."""
+    if image.shape[1] != channels:
+        require(image.shape[1] == 1, f"pictures of {image.shape[1]} channels were given to a model of {channels}",
+                RoleError)
+        image = image.expand(-1, channels, -1, -1)
+    if size is not None and tuple(image.shape[-2:]) != size:
+        image = F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
+    return ((image + 1) / 2 - mean) / std
 
-    `num_labels` puts a new last layer on a classifier. Raises RoleError for another kind of model, pickled weights or a
-    repository that wants to run code; UnknownNameError where nothing is found (without internet: not in the cache).
+
+def load(name: str, kind: Any = None, **options: Any) -> nn.Module:
+    """The model `name` of the hub, or in a folder, for the role kind.
+
+    A CausalLM and a Seq2Seq of text are the library's own; a Classifier or Encoder is an ImageModel, a TextClassifier
+    or TextEncoder a TextModel, a Whisper a SpeechToText. Without a kind the configuration says what it is.
+
+    Options: `fresh=True` draws new weights for the configuration; `num_labels` puts a new last layer on a classifier;
+    `pooling` ("mean" or "first") says how a text's features are taken. Raises RoleError for another kind of model,
+    pickled weights or a repository that wants to run code; DamagedFileError for a download that was cut off;
+    UnknownNameError for an option that there is not, and where nothing is found (without internet: not in the cache).
     """
     hf = _library()
-    config = _config(hf, name, options)
+    fresh = _flag(options, "fresh")
+    folder, config = _config(hf, name, options, fresh)
     role, maker = _maker(hf, config, kind, name)
-    if role == "language":
-        require(not options, f"a language model takes no options, got {options}", RoleError)
-    changed = {"ignore_mismatched_sizes": True} if "num_labels" in options else {}
-    model, found = _safely(name, lambda: maker.from_pretrained(
-        name, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
+    _check_options(options, role, name)
+    new_head = "num_labels" in options
+    model, found = _made(hf, maker, folder, config, name, fresh, new_head)
+    _check_loaded(model, found, role, name, new_head)
+    return _fitted(hf, model, role, folder, name, options.get("pooling"), found)
+
+
+def fresh(name: str, **options: Any) -> Callable[[], nn.Module]:
+    """A factory of models with the configuration of `name` and freshly drawn weights."""
+    hf = _library()
+    folder, config = _config(hf, name, options, fresh=True)
+    _flag(options, "fresh")
+    role, maker = _maker(hf, config, None, name)
+    _check_options(options, role, name)
+
+    def make() -> nn.Module:
+        model = maker.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        return _fitted(hf, model, role, folder, name, options.get("pooling"), {"missing_keys": ()}, features=False)
+
+    return make
+
+
+def _fitted(hf: Any, model: Any, role: str, folder: Path, name: str, pooling: Any, found: dict[str, Any],
+            features: bool = True) -> nn.Module:
+    """The model in the adapter of its role."""
+    if role in ("classifier", "encoder"):
+        pooled = not any("pooler" in key for key in found["missing_keys"])
+        return _pictures(hf, model, folder, features=features and role == "encoder", pooled=pooled)
+    if role in ("text classifier", "text encoder"):
+        from stillhouse import protocols
+        from stillhouse.hub.text import wrap_text
+
+        kind = protocols.TextEncoder if role == "text encoder" else protocols.TextClassifier
+        return wrap_text(model, kind, name, pooling)
+    if role == "speech to text":
+        from stillhouse.hub.seq2seq import SpeechToText, feature_settings
+
+        return SpeechToText(model, feature_settings(folder, name))
+    return model
+
+
+def _flag(options: dict[str, Any], name: str) -> bool:
+    """Take the option `name` out of `options`."""
+    value = options.pop(name, False)
+    require(isinstance(value, bool), f"{name} is true or false, not '{value}'", UnknownNameError)
+    return value
+
+
+def _check_options(options: dict[str, Any], role: str, name: str) -> None:
+    known = OPTIONS.get(role, ())
+    unknown = set(options) - set(known)
+    require(not unknown, f"hf:… has no option '{min(unknown, default='')}' for '{name}' ({role}); it has "
+            f"{', '.join((*known, 'fresh'))}", UnknownNameError)
+
+
+def _made(hf: Any, maker: Any, folder: Path, config: Any, name: str, fresh: bool,
+          new_head: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The model in float32, with the weights of `folder` or fresh ones, and what is said of keys that do not fit."""
+    if fresh:
+        model = _safely(name, folder, lambda: maker.from_config(config, trust_remote_code=False, dtype=torch.float32))
+        if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+            model.generation_config = hf.GenerationConfig.from_pretrained(folder)
+        return model, {"missing_keys": (), "unexpected_keys": ()}
+    changed = {"ignore_mismatched_sizes": True} if new_head else {}
+    model, found = _safely(name, folder, lambda: maker.from_pretrained(
+        folder, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
         output_loading_info=True, **changed))
-    _check_loaded(model, found, role, name, new_head="num_labels" in options)
-    if role == "language":
-        return model
-    pooled = not any("pooler" in key for key in found["missing_keys"])
-    return _pictures(hf, model, name, features=role == "encoder", pooled=pooled)
+    bad = [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]
+    require(not bad, f"'{name}' holds weights that are not finite, e.g. '{(bad or [''])[0]}'", DamagedFileError)
+    return model, found
 
 
 def _check_loaded(model: Any, found: dict[str, Any], role: str, name: str, new_head: bool) -> None:
     """Refuse a model of which a part was left with random weights."""
     missing = sorted(found["missing_keys"])
     head = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
-    lacking = [key for key in missing if not ((new_head and key in head) or (role == "encoder" and "pooler" in key))]
-    if lacking and role == "classifier" and lacking == head:
+    spare = "pooler" if "encoder" in role or (new_head and role == "text classifier") else " "
+    lacking = [key for key in missing if not ((new_head and key in head) or spare in key)]
+    if lacking and "classifier" in role and any(key in head for key in lacking) and all(
+            key in head or "pooler" in key for key in lacking):
         raise RoleError(f"'{name}' has no trained class layer ({', '.join(head)}); give one that has, or a new layer "
                         f"to be trained: hf:{name}:num_labels=N")
     require(not lacking, f"the weights of '{name}' lack {len(lacking)} tensors of {type(model).__name__} "
             f"({', '.join(lacking[:3])}, …), which would be random numbers; is config.json that of these weights?",
             RoleError)
-    if found["unexpected_keys"] and role != "encoder":
+    if found["unexpected_keys"] and "encoder" not in role:
         unused = sorted(found["unexpected_keys"])
         warnings.warn(f"{len(unused)} tensors of '{name}' are not used by {type(model).__name__} "
                       f"({', '.join(unused[:3])}, …)", stacklevel=2)
-
-
-def fresh(name: str, **options: Any) -> Callable[[], nn.Module]:
-    """A factory of models with the configuration of `name` and freshly drawn weights."""
-    hf = _library()
-    config = _config(hf, name, options)
-    role, maker = _maker(hf, config, None, name)
-
-    def make() -> nn.Module:
-        model = maker.from_config(config, trust_remote_code=False)
-        return model if role == "language" else _pictures(hf, model, name)
-
-    return make
 
 
 def wrap(model: Any, kind: Any, name: str) -> nn.Module:
@@ -157,45 +218,80 @@ def _library() -> Any:
     return transformers
 
 
-def _config(hf: Any, name: str, options: dict[str, Any]) -> Any:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        require((folder / "config.json").is_file(), f"the folder {folder} has no config.json; it must be one that "
-                "save_pretrained wrote", RoleError)
+def _config(hf: Any, name: str, options: dict[str, Any], fresh: bool = False) -> tuple[Path, Any]:
+    """The folder of a model, checked to be whole, and its configuration."""
+    folder = local_folder(name, weights=not fresh)
+    if not fresh:
         found = only_pickles(folder)
         require(not found, f"{(found or [folder])[0]}: {PICKLE}", RoleError)
-    unknown = set(options) - {"num_labels"}
-    require(not unknown, f"hf:… has no option '{min(unknown, default='')}'; it has num_labels", UnknownNameError)
-    return _safely(name, lambda: hf.AutoConfig.from_pretrained(name, trust_remote_code=False, **options))
+    check_whole(folder, name)
+    labels = {key: options[key] for key in ("num_labels",) if key in options}
+    require(all(type(n) is int and n > 0 for n in labels.values()), "num_labels is the number of classes, not "
+            f"'{options.get('num_labels')}'", UnknownNameError)
+    config = _safely(name, folder, lambda: hf.AutoConfig.from_pretrained(folder, trust_remote_code=False, **labels))
+    require(fresh or any(folder.glob("*.safetensors")), f"'{name}' has no weights as safetensors. If it has others: "
+            f"{PICKLE}. Without weights it is a configuration alone: hf:{name}:fresh=true", RoleError)
+    return folder, config
 
 
 def _maker(hf: Any, config: Any, kind: Any, name: str) -> tuple[str, Any]:
-    """The kind of model ("language", "classifier", "encoder") and its Auto class."""
-    pictures = type(config) in hf.AutoModelForImageClassification._model_mapping
-    language = type(config) in hf.AutoModelForCausalLM._model_mapping
-    wanted = getattr(kind, "__name__", "")
-    masked = any("MaskedLM" in a for a in config.architectures or [])
-    if kind is CausalLM or (kind is None and language and not pictures):
-        require(language and not masked, f"'{name}' ({config.model_type}) is no causal language model, which this role "
-                "needs", RoleError)
-        return "language", hf.AutoModelForCausalLM
-    require(wanted in ("", "Classifier", "Encoder"), "hf:… gives classifiers and encoders of pictures and causal "
-            f"language models; this role needs a {wanted}, which diffusers:FOLDER or module:callable may give",
-            RoleError)
-    require(pictures, f"'{name}' ({config.model_type}) is no model of pictures, which this role needs", RoleError)
+    """The kind of model and the library's class that loads it."""
+    classes = config.architectures or []
+    what = f"'{name}' ({', '.join([config.model_type, *classes[:1]])})"
+
+    def has(auto: Any) -> bool:
+        return type(config) in auto._model_mapping
+
+    masked = any("MaskedLM" in c for c in classes)
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    pictures = has(hf.AutoModelForImageClassification)
+    language = has(hf.AutoModelForCausalLM) and not both
+    hears = config.model_type == "whisper"
+    writes = hears or (both and has(hf.AutoModelForSeq2SeqLM))
+    reads = has(hf.AutoModelForMaskedLM) and not any("CausalLM" in c or "LMHead" in c for c in classes)
+    wanted = getattr(kind, "__name__", "") or _guess(classes, pictures, language and not reads, writes)
+    if wanted == "CausalLM":
+        require(language and not masked, f"{what} is no causal language model, which this role needs", RoleError)
+        return "language model", hf.AutoModelForCausalLM
+    if wanted == "Seq2Seq":
+        require(writes, f"{what} is no encoder-decoder that reads text or sound and writes text (T5, BART, Marian, "
+                "Whisper), which this role needs", RoleError)
+        return ("speech to text", hf.AutoModelForSpeechSeq2Seq) if hears else ("text to text", hf.AutoModelForSeq2SeqLM)
+    if wanted in ("TextClassifier", "TextEncoder"):
+        text = has(hf.AutoModelForSequenceClassification) or has(hf.AutoModelForMaskedLM)
+        require(text and not both, f"{what} is no model that reads text (BERT, ModernBERT, DistilBERT, …), which this "
+                "role needs", RoleError)
+        trained = any("ForSequenceClassification" in c for c in classes)
+        if wanted == "TextEncoder":
+            return "text encoder", hf.AutoModelForSequenceClassification if trained else hf.AutoModel
+        require(has(hf.AutoModelForSequenceClassification), f"{what} has no form that classifies texts", RoleError)
+        return "text classifier", hf.AutoModelForSequenceClassification
+    require(wanted in ("Classifier", "Encoder"), "hf:… gives models of pictures, of text and of speech; this role "
+            f"needs a {wanted}, which diffusers:FOLDER or module:callable may give", RoleError)
+    require(pictures, f"{what} is no model of pictures, which this role needs", RoleError)
     if wanted == "Encoder":
-        trained = any("ForImageClassification" in a for a in config.architectures or [])
+        trained = any("ForImageClassification" in c for c in classes)
         return "encoder", hf.AutoModelForImageClassification if trained else hf.AutoModel
     return "classifier", hf.AutoModelForImageClassification
 
 
-def _pictures(hf: Any, model: Any, name: str | None, features: bool = False, pooled: bool = True) -> ImageModel:
+def _guess(classes: list[str], pictures: bool, language: bool, writes: bool) -> str:
+    """The role of a model where none is asked for."""
+    if pictures:
+        return "Classifier"
+    if any("ForSequenceClassification" in c for c in classes):
+        return "TextClassifier"
+    return "Seq2Seq" if writes else "CausalLM" if language else "TextEncoder"
+
+
+def _pictures(hf: Any, model: Any, folder: Path | str | None, features: bool = False,
+              pooled: bool = True) -> ImageModel:
     """With the normalisation and size of the model's image processor; without one pictures stay in [-1, 1], and those
     for patch models are brought to the size that their positions are made for."""
     settings: dict[str, Any] = {}
-    if name is not None:
+    if folder is not None:
         try:
-            settings, _ = hf.image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)
+            settings, _ = hf.image_processing_base.ImageProcessingMixin.get_image_processor_dict(str(folder))
         except (OSError, ValueError):
             settings = {}
     channels = int(getattr(model.config, "num_channels", 3))
@@ -218,10 +314,12 @@ def _sides(size: Any) -> tuple[int, int] | None:
     return None if size is None else (int(size), int(size))
 
 
-def _safely(name: str, read: Callable[[], Any]) -> Any:
-    """Call `read`, its errors turned into ours."""
+def _safely(name: str, folder: Path, read: Callable[[], Any]) -> Any:
+    """Call `read`, which reads from `folder`, its errors turned into ours."""
     try:
         return read()
+    except StillError:
+        raise
     except ImportError as error:
         raise MissingExtraError(f"'{name}' needs a library that is not installed: {error}") from error
     except Exception as error:
@@ -229,18 +327,7 @@ def _safely(name: str, read: Callable[[], Any]) -> Any:
         first = text.strip().splitlines()[0] if text.strip() else "no reason given"
         if "trust_remote_code" in text or "custom code" in text:
             raise RoleError(f"'{name}': {CODE}") from error
-        folder = Path(name).expanduser()
-        if isinstance(error, SafetensorError) or (folder.is_dir() and any(folder.glob("*.safetensors*"))
-                                                  and isinstance(error, OSError)):
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and any(folder.glob("*.safetensors*"))):
             raise DamagedFileError(f"the weights of '{name}' are damaged or only partly there (a download that was cut "
                                    f"off, or pointers of git-lfs): {first}") from error
-        if ".safetensors" in text or "pytorch_model.bin" in text:
-            raise RoleError(f"'{name}' has no weights as safetensors. If it has others: {PICKLE}") from error
-        require(folder.is_dir() or not name.startswith(("/", ".", "~")), f"there is no folder {folder} (seen from "
-                f"{Path.cwd()})", UnknownNameError)
-        if isinstance(error, OSError) and not folder.is_dir():
-            raise UnknownNameError(
-                f"'{name}' is no folder here (seen from {Path.cwd()}), not in the cache of Hugging Face, and could not "
-                f"be fetched: {first} Check the name, or run `hf download {name}` where there is internet and give the "
-                "folder") from error
         raise RoleError(f"transformers cannot load '{name}': {type(error).__name__}: {first}") from error

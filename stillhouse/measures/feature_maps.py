@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -33,9 +35,7 @@ def attention_transfer(
 ) -> Float[Tensor, ""]:
     """AT: mean squared difference of the two attention maps, the larger one pooled to the smaller (the released form
     of Zagoruyko and Komodakis 2017; their equation 2 has the norm of the difference instead of its mean square)."""
-    size = [min(a, b) for a, b in zip(teacher.shape[2:], student.shape[2:], strict=True)]
-    maps = [attention_map(F.adaptive_avg_pool2d(x, size) if list(x.shape[2:]) != size else x, power)
-            for x in (teacher, student)]
+    maps = [attention_map(x, power) for x in _alike(teacher, student, F.adaptive_avg_pool2d)]
     return (maps[0] - maps[1]).square().mean()
 
 
@@ -44,9 +44,8 @@ def flow_matrix(
 ) -> Float[Tensor, "n c d"]:
     """FSP matrix of two layers: G_ij = sum over places of F1_i F2_j / (h w) (Yim et al. 2017, equation 1); the larger
     map is max-pooled to the smaller."""
-    size = [min(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True)]
-    a, b = (F.adaptive_max_pool2d(x, size) if list(x.shape[2:]) != size else x for x in (first, second))
-    return torch.einsum("nchw,ndhw->ncd", a, b) / (size[0] * size[1])
+    a, b = _alike(first, second, F.adaptive_max_pool2d)
+    return torch.einsum("nchw,ndhw->ncd", a, b) / a.shape[2:].numel()
 
 
 def neuron_selectivity(
@@ -54,11 +53,15 @@ def neuron_selectivity(
 ) -> Float[Tensor, ""]:
     """NST (Huang and Wang 2017, equations 4 and 7): squared maximum mean discrepancy, with the kernel (x . y)^2,
     between the channels' maps of length 1; the larger map is pooled to the smaller."""
-    size = [min(a, b) for a, b in zip(teacher.shape[2:], student.shape[2:], strict=True)]
-    t, s = (F.normalize((F.adaptive_avg_pool2d(x, size) if list(x.shape[2:]) != size else x).flatten(2), dim=2)
-            for x in (teacher, student))
+    t, s = (F.normalize(x.flatten(2), dim=2) for x in _alike(teacher, student, F.adaptive_avg_pool2d))
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum("ncp,ndp->ncd", a, b).square().mean((1, 2))
 
     return (kernel(t, t) + kernel(s, s) - 2 * kernel(t, s)).mean()
+
+
+def _alike(a: Tensor, b: Tensor, pool: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Both maps at the smaller height and width."""
+    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
+    return (a if tuple(a.shape[2:]) == size else pool(a, size)), (b if tuple(b.shape[2:]) == size else pool(b, size))
