@@ -16,7 +16,10 @@ from stillhouse import catalog
 from stillhouse.cli import tables
 from stillhouse.cli.resolving import move, resolve_roles, tokenizer_of
 from stillhouse.cli.words import Slug, kind, offers, roles
-from stillhouse.errors import ConfigError, Interrupted, UnknownNameError
+from stillhouse.errors import ConfigError, Interrupted, UnknownNameError, require
+
+TEXT = ("CausalLM", "Seq2Seq", "TextClassifier", "TextEncoder")
+"""Roles whose models need a tokenizer."""
 
 
 def run_help(slug: Positional[Slug]) -> None:
@@ -35,7 +38,6 @@ def run(slug: str, words: list[str]) -> None:
     given = {name for name in wanted if any(w == f"--{name}" or w.startswith(f"--{name}=") for w in words)}
     options = _parse(system, module, wanted, words, bool(given))
     from stillhouse.deploy.targets import about_run
-    from stillhouse.protocols import CausalLM
     from stillhouse.run import DryRunEnded, Run, fingerprint
 
     resuming = options.resume is not None
@@ -44,10 +46,16 @@ def run(slug: str, words: list[str]) -> None:
     folder = Path(options.resume) if resuming else Path(options.out) if options.out else _free_folder(system.slug)
     kwargs: dict[str, Any] = {}
     typed: dict[str, str] = {}
+    watch = None
     if given:
         typed = {n: getattr(options, n) for n in wanted if getattr(options, n) is not None}
         kwargs = resolve_roles(module, wanted, typed, options)
         about = about_run(system.slug, kwargs, options.config, options.seed, typed)
+        tokenizer = tokenizer_of(typed, options) if about.kind in TEXT else None
+        held, watch = _evaluation(options, about, kwargs, tokenizer)
+    elif options.eval is not None:
+        raise ConfigError("--eval scores a result on your data; it goes with roles. The embedded experiment measures "
+                          "its arms itself")
     elif options.config != module.EMBEDDED and any(w.startswith("--config.") for w in words):
         raise ConfigError(f"the embedded experiment of {system.slug} keeps its own config, so that its arms stay "
                           f"comparable; --config goes with roles ({', '.join('--' + n for n in wanted)})")
@@ -55,7 +63,7 @@ def run(slug: str, words: list[str]) -> None:
                    config=options.config, resume=resuming, precision=options.precision, workers=options.workers,
                    fingerprint={n: fingerprint(v) for n, v in kwargs.items()}, deterministic=options.deterministic,
                    checkpoint_seconds=options.checkpoint_seconds, quiet=options.quiet, dry=options.dry_run,
-                   full=options.full)
+                   full=options.full, evaluate=watch)
     if run.first and not options.dry_run and not resuming:
         (folder / "command.json").write_text(json.dumps(words), encoding="utf-8")
     try:
@@ -64,8 +72,9 @@ def run(slug: str, words: list[str]) -> None:
                 move(kwargs, run.device)
                 target = module.distill(**kwargs, config=options.config, run=run)
                 if run.first:
-                    _keep(target, folder / "target", about,
-                          tokenizer_of(typed, options) if about.kind == CausalLM.__name__ else None)
+                    _keep(target, folder / "target", about, tokenizer)
+                    if held is not None:
+                        _score(target, folder, about, options, held, kwargs.get("network"), run.device)
             else:
                 arms = module.experiment(run)
                 if run.first:
@@ -114,10 +123,15 @@ def _parse(system: catalog.System, module: Any, wanted: dict[str, inspect.Parame
         "config": option(module.Config, presets[chosen], "settings of the system"),
         "preset": option(str, chosen, f"where the settings start from: {' or '.join(presets)}"),
         "arch": option(str | None, None, "module:callable that builds the network for .safetensors weights"),
-        "size": option(int | None, None, "side length to which pictures of a folder are resized"),
+        "size": option(int | None, None, "side length to which pictures are resized; of sounds, the number of samples"),
+        "columns": option(str | None, None, "which columns of a table are the fields: image=img,label=fine_label"),
+        "length": option(int, 512, "most tokens of a text, or the window that plain text is cut into"),
         "conditional": option(bool, False, "labels of pictures become the conditions of a diffusion model"),
         "limit_broken": option(float, 0.0, "part of the files or lines of a data set that may be unreadable"),
         "tokenizer": option(str | None, None, "folder of a tokenizer; default: that of the first model given as hf:"),
+        "eval": option(str | None, None, "labelled or held-out data: the result is scored on it, and the student too, "
+                       "about ten times a stage"),
+        "eval_columns": option(str, "", "which columns of the table of --eval are which fields: image=img,label=kind"),
         "out": option(str | None, None, "folder of the run; default: a new one under runs/"),
         "resume": option(str | None, None, "folder of an interrupted run to go on with"),
         "seed": option(int, 0, "seed of everything random"),
@@ -143,13 +157,49 @@ def _free_folder(slug: str) -> Path:
     return folder
 
 
+def _evaluation(options: Any, about: Any, kwargs: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
+    """The data of --eval, checked, and the scores of the student that are logged while it is trained."""
+    if options.eval is None:
+        require(not options.eval_columns, "--eval-columns say what the columns of --eval are; give --eval")
+        return None, None
+    from stillhouse.data.readers import parse_columns
+    from stillhouse.deploy.predict import read_for
+    from stillhouse.deploy.scores import check_fit, watcher
+    from stillhouse.run import processes
+
+    held = read_for(options.eval, about, labelled=True, size=options.size, tokenizer=tokenizer,
+                    limit_broken=options.limit_broken, length=options.length,
+                    columns=parse_columns(options.eval_columns) if options.eval_columns else None)
+    student = kwargs.get("student")
+    device = processes.connect(options.device)
+    check_fit(student, about, held)
+    return held, watcher(about, held, student, device=device)
+
+
+def _score(target: Any, folder: Path, about: Any, options: Any, held: Any, network: Any, device: Any) -> None:
+    """Scores of the saved target, kept beside it and printed."""
+    from stillhouse.cli.using import print_scores
+    from stillhouse.deploy.scores import score
+    from stillhouse.deploy.targets import note
+    from stillhouse.store import write_text
+
+    scores = score(target, about, held, device=device, network=network)
+    about.metrics = {name: float(value) for name, value in scores.items() if isinstance(value, float | int)}
+    note(about, folder / "target")
+    write_text(folder / "eval.json", json.dumps({"data": options.eval, **scores}, indent=1))
+    print_scores(scores, options.eval)
+
+
 def _keep(target: Any, where: Path, about: Any, tokenizer: Any = None) -> None:
     """Save the target and say where it is and how it is used."""
+    from stillhouse.cli.using import next_commands
     from stillhouse.deploy.targets import save
 
     save(target, where, about, tokenizer)
-    print(f"{about.system}: the result is in {where}\n  in Python: stillhouse.load({str(where.parent)!r})\n"
-          f"  curves and pictures: still report {where.parent}")
+    print(f"{about.system}: the result is in {where}\n  in Python: stillhouse.load({str(where.parent)!r})")
+    for purpose, command in [*next_commands(where.parent, target, about),
+                             ("curves and pictures", f"still report {where.parent}")]:
+        print(f"  {purpose}: {command}")
 
 
 def _table(module: Any, arms: dict[str, dict[str, float]], folder: Path) -> None:

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 import stillhouse
 from stillhouse import catalog
-from stillhouse.errors import DamagedFileError, StoreError, require
+from stillhouse.diffusion.denoise import NetworkDenoiser
+from stillhouse.errors import DamagedFileError, StillError, StoreError, require
 from stillhouse.hub.architectures import TARGET, describe
 from stillhouse.hub.models import builder, fit_role, load_weights, resolve_model
 from stillhouse.hub.refusals import read_json
+from stillhouse.parts.heads import Projected
 from stillhouse.parts.surgeon import FILE as PRUNED
 from stillhouse.protocols import PROBES
+from stillhouse.run.seeds import preserved
 from stillhouse.store import save_tree, write_text
 from stillhouse.zoo import MODELS
 
 WEIGHTS = "model.safetensors"
+GENERATION = "generation_config.json"
 
 
 @dataclasses.dataclass
@@ -55,20 +59,28 @@ TRAINED = ("student", "network", "teacher")
 
 def about_run(slug: str, roles: Mapping[str, Any], config: Any, seed: int = 0,
               made_from: Mapping[str, str] | None = None) -> About:
-    """What is known of the target of `slug` from what its `distill` was given."""
+    """What is known of the target of `slug` from what its `distill` was given.
+
+    A student that may be a classifier or an encoder is an encoder where neither labels nor a teacher's classes (`ce`,
+    `kd`) are learned from.
+    """
     hints = typing.get_type_hints(catalog.load(slug).distill)
-    name = next((n for n in TRAINED if roles.get(n) is not None), None)
+    name = next((n for n in TRAINED if roles.get(n) is not None), None) if "scenes" not in roles else None
     about = About(slug, made_from=dict(made_from or {}), seed=seed)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         about.config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     if name is not None:
         kinds = [k for k in (hints[name], *typing.get_args(hints[name])) if isinstance(k, type) and k in PROBES]
-        about.kind = kinds[0].__name__ if kinds else ""
+        named = [k.__name__ for k in kinds]
+        if named == ["Classifier", "Encoder"] and not any(getattr(config, term, 1) for term in ("ce", "kd")):
+            named.reverse()
+        about.kind = named[0] if named else ""
         about.network = describe(roles[name])
     for value in roles.values():
         if not hasattr(value, "__getitem__") or not hasattr(value, "__len__") or isinstance(value, nn.Module | list):
             continue
-        about.classes = about.classes or list(getattr(value, "classes", ()))
+        names = getattr(value, "classes", ())
+        about.classes = about.classes or ([str(n) for n in names] if isinstance(names, list | tuple) else [])
         for field, content in value[0].items() if len(value) else ():
             if isinstance(content, Tensor) and field not in about.example:
                 about.example[field] = list(content.shape)
@@ -83,11 +95,19 @@ def save(target: Any, folder: Path | str, about: About, tokenizer: Any = None) -
     else:
         save_tree(folder / WEIGHTS, dict(target.state_dict()))
     about.target = type(target).__name__
+    settings = getattr(target, "generation_config", None)
+    if settings is not None:
+        write_text(folder / GENERATION, settings.to_json_string(use_diff=False))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")
         about.tokenizer = True
-    write_text(folder / TARGET, json.dumps(dataclasses.asdict(about), indent=1, ensure_ascii=False))
+    note(about, folder)
     return folder
+
+
+def note(about: About, folder: Path | str) -> Path:
+    """Write target.json, in place of the one before."""
+    return write_text(Path(folder) / TARGET, json.dumps(dataclasses.asdict(about), indent=1, ensure_ascii=False))
 
 
 def place_of(folder: Path | str) -> Path:
@@ -96,20 +116,37 @@ def place_of(folder: Path | str) -> Path:
     for place in (folder, folder / "target"):
         if (place / TARGET).is_file():
             return place
-    hint = "is the run not finished? Go on with: still run SLUG --resume FOLDER" if folder.is_dir() else (
-        f"there is no such folder (seen from {Path.cwd()})")
-    raise StoreError(f"{folder} holds no saved result ({TARGET}): {hint}")
+    raise StoreError(f"{folder} holds no saved result ({TARGET}): {_lacking(folder)}")
+
+
+def _lacking(folder: Path) -> str:
+    """Why a folder holds no result, and what to do."""
+    if not folder.is_dir():
+        return f"there is no such folder (seen from {Path.cwd()})"
+    if not (folder / "run.json").is_file():
+        return ("it is no folder of a run, or of one that is not finished. Give one that `still run` made, or in which "
+                "deploy.targets.save wrote")
+    run = read_json(folder / "run.json")
+    if not run.get("fingerprint"):
+        return ("it was an embedded experiment, which measures its arms and keeps no model. Give roles: still run "
+                f"{run.get('system')} --help")
+    return f"the run is not finished. Go on with: still run {run.get('system')} --resume {folder}"
 
 
 def read_about(folder: Path | str) -> About:
     """What target.json says. Raises StoreError where there is none, DamagedFileError where it is broken."""
     place = place_of(folder)
     said = read_json(place / TARGET)
-    known = {f.name for f in dataclasses.fields(About)}
+    fields = {f.name: f for f in dataclasses.fields(About)}
     try:
-        return About(**{name: value for name, value in said.items() if name in known})
+        about = About(**{name: value for name, value in said.items() if name in fields})
     except TypeError as error:
         raise DamagedFileError(f"{place / TARGET} is not as it was written: {error}") from error
+    for name, empty in vars(About("")).items():
+        value = getattr(about, name)
+        require(isinstance(value, type(empty)) or (name == "network" and isinstance(value, dict | None)),
+                f"{place / TARGET} is not as it was written: '{name}' is {value!r}", DamagedFileError)
+    return about
 
 
 def load(folder: Path | str, arch: str | None = None) -> Any:
@@ -121,36 +158,74 @@ def load(folder: Path | str, arch: str | None = None) -> Any:
     """
     place, about = place_of(folder), read_about(folder)
     kind = target_class(about)
+    try:
+        with preserved():
+            return _loaded(place, about, kind, arch)
+    except StillError:
+        raise
+    except Exception as error:
+        raise DamagedFileError(f"the files in {place} do not fit each other: {type(error).__name__}: {error}"
+                               ) from error
+
+
+def _loaded(place: Path, about: About, kind: Any, arch: str | None) -> Any:
     if (place / PRUNED).is_file():
         return resolve_model(place)
-    build = builder(place, arch, MODELS)
-    if not hasattr(kind, "load"):
-        model = load_weights(build(), place / WEIGHTS)
-        protocol = next((p for p in PROBES if p.__name__ == about.kind), None)
-        return fit_role(model, protocol, str(place)).eval()
-    return kind.load(place, *_network_for(kind.load, build))
+    if hasattr(kind, "load"):
+        return _settled(kind.load(place, *_network_for(kind, lambda: builder(place, arch, MODELS)(), arch)))
+    protocol = next((p for p in PROBES if p.__name__ == about.kind), None)
+    model: Any = load_weights(fit_role(builder(place, arch, MODELS)(), protocol, str(place)), place / WEIGHTS)
+    if (place / GENERATION).is_file() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_dict(read_json(place / GENERATION))
+    return model.eval()
+
+
+def _settled(target: Any) -> Any:
+    for network in networks_of(target):
+        network.eval()
+    return target
+
+
+def networks_of(target: Any) -> list[nn.Module]:
+    """The networks that a target consists of: itself, or those inside a sampler, clustering or quantised model."""
+    if isinstance(target, nn.Module):
+        return [target]
+    parts = getattr(target, "samplers", getattr(target, "__dict__", {}))
+    return [network for part in parts.values() if isinstance(part, nn.Module) or hasattr(part, "denoiser")
+            for network in networks_of(part)]
+
+
+def made_by(slug: str) -> Any:
+    """What the `distill` of a system is annotated to return."""
+    return typing.get_type_hints(catalog.load(slug).distill)["return"]
 
 
 def target_class(about: About) -> Any:
     """The class of a target: what the `distill` of its system is annotated to return, an nn.Module or another."""
-    kind = typing.get_type_hints(catalog.load(about.system).distill)["return"]
+    kind = made_by(about.system)
     require(about.target == kind.__name__ or issubclass(kind, nn.Module), f"{TARGET} says that the result is a "
             f"{about.target}, but {about.system} gives a {kind.__name__}", DamagedFileError)
     return kind
 
 
-def _network_for(read: Callable[..., Any], build: Callable[[], nn.Module]) -> list[Any]:
-    """What a `load(folder, network)` wants beside the folder: nothing, a network, a part of it by the parameter's name,
-    or a factory."""
-    wanted = list(inspect.signature(read).parameters.items())[1:]
-    if not wanted or wanted[0][1].default is not inspect.Parameter.empty:
+def _network_for(kind: Any, build: Callable[[], nn.Module], arch: str | None) -> list[Any]:
+    """What `kind.load(folder, network)` wants beside the folder: nothing, a network, or a factory of them.
+
+    Of a denoiser that is the network inside, of an encoder with a projection head the encoder, of a dual encoder the
+    pictures' side.
+    """
+    wanted = list(inspect.signature(kind.load).parameters.items())[1:]
+    optional = bool(wanted) and wanted[0][1].default is not inspect.Parameter.empty
+    if not wanted or (optional and arch is None):
         return []
     name, parameter = wanted[0]
 
     def part() -> nn.Module:
         model = build()
-        return getattr(model, name, model)
+        inner = (name == "network" and isinstance(model, NetworkDenoiser)) or name == "vision" or (
+            name == "encoder" and isinstance(model, Projected) and kind is not Projected)
+        return getattr(model, name, model) if inner else model
 
     return [part if "Callable" in str(parameter.annotation) else part()]
-
-

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stillhouse.errors import RoleError, require
+from stillhouse.errors import DamagedFileError, RoleError, StoreError, require
+from stillhouse.store import load_tree, save_tree
+
+HEADS = "heads.safetensors"
 
 
 def mlp(*widths: int, norm: bool = False, last_norm: bool = False) -> nn.Sequential:
@@ -75,6 +80,76 @@ class Projected(nn.Module):
 
     def forward(self, image: Tensor) -> Float[Tensor, "n width"]:
         return self.projector(self.encode(image))
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the encoder's weights and the heads into `folder`; `Projected.load(folder, encoder)` reads them.
+
+        Raises StoreError for a head that is not made of linear layers, BatchNorm and ReLU.
+        """
+        folder = Path(folder)
+        heads = {name: None if head is None else {"layers": _layers_of(head), "state": dict(_flat(head).state_dict())}
+                 for name, head in (("projector", self.projector), ("predictor", self.predictor))}
+        save_tree(folder / HEADS, heads)
+        save_tree(folder / "model.safetensors", dict(self.encoder.state_dict()))
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str, encoder: nn.Module) -> Projected:
+        """Read what `save` wrote, in eval mode; the weights go into `encoder`.
+
+        Raises StoreError where the folder holds none or the encoder has other weights, DamagedFileError for heads that
+        are not as they were written.
+        """
+        folder = Path(folder)
+        weights, saved = load_tree(folder / "model.safetensors"), load_tree(folder / HEADS)
+        try:
+            encoder.load_state_dict(weights)
+        except RuntimeError as error:
+            raise StoreError(f"the encoder given does not have the weights saved in {folder}: {error}") from error
+        try:
+            q = saved["predictor"]
+            return cls(encoder, _head_from(**saved["projector"]), None if q is None else _head_from(**q)).eval()
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise DamagedFileError(f"{folder / HEADS} does not hold the heads of an encoder ({error})") from error
+
+
+def _flat(head: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*(m for m in head.modules() if not isinstance(m, nn.Sequential)))
+
+
+def _layers_of(head: nn.Module) -> list[list[Any]]:
+    """Kind and widths of each layer of a head."""
+    layers: list[list[Any]] = []
+    for m in _flat(head):
+        if isinstance(m, nn.Linear):
+            layers.append(["linear", m.in_features, m.out_features, m.bias is not None])
+        elif isinstance(m, nn.BatchNorm1d):
+            layers.append(["norm", m.num_features, m.weight is not None, m.bias is not None])
+        elif isinstance(m, nn.ReLU):
+            layers.append(["relu"])
+        else:
+            raise StoreError(f"a head with a {type(m).__name__} cannot be saved; only linear layers, BatchNorm and "
+                             "ReLU are understood")
+    return layers
+
+
+def _head_from(layers: list[list[Any]], state: dict[str, Tensor]) -> nn.Sequential:
+    made: list[nn.Module] = []
+    for kind, *sizes in layers:
+        if kind == "linear":
+            made.append(nn.Linear(sizes[0], sizes[1], bias=sizes[2]))
+        elif kind == "norm":
+            norm = nn.BatchNorm1d(sizes[0], affine=sizes[1])
+            if not sizes[2]:
+                norm.register_parameter("bias", None)
+            made.append(norm)
+        elif kind == "relu":
+            made.append(nn.ReLU())
+        else:
+            raise ValueError(f"no layer '{kind}'")
+    head = nn.Sequential(*made)
+    head.load_state_dict(state)
+    return head
 
 
 class ClusterNet(nn.Module):

@@ -31,6 +31,7 @@ from stillhouse.store import DamagedFileError, load_tree, save_tree, write_text
 
 FLUSH_EVERY = 20
 DRY_STEPS = 3
+EVALUATIONS = 10
 
 
 class DryRunEnded(Exception):
@@ -71,7 +72,8 @@ class Run:
     """A run of one system: `loop`, `update`, `log`, and the rest for those who need it.
 
     Without a folder nothing is saved. Use it as a context manager so that Ctrl-C saves before it stops.
-    `deterministic` makes resumes exact on a GPU too, where some operations are otherwise not.
+    `deterministic` makes resumes exact on a GPU too, where some operations are otherwise not. `evaluate` gives named
+    scores of a model; they are logged as eval_… about ten times a stage, of the `student` that it holds.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Run:
         workers: int = 0,
         checkpoint_seconds: float = 60.0,
         checkpoint_steps: int | None = None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     ):
         require(precision in ("float32", "bf16"), f"precision is 'float32' or 'bf16', not {precision!r}")
         require(workers >= 0, f"workers must be 0 or more, not {workers}")
@@ -96,6 +99,7 @@ class Run:
         self.seed, self.precision, self.full, self.keep_going = seed, precision, full, keep_going
         self.dry, self.workers = dry, workers
         self.checkpoint_seconds, self.checkpoint_steps = checkpoint_seconds, checkpoint_steps
+        self.evaluate = evaluate
         if deterministic:
             torch.use_deterministic_algorithms(True)
         self.device = processes.connect(device)
@@ -410,7 +414,18 @@ class Run:
                 self._stages.remove(stage)
                 self._enter_moment("after", stage.path)
 
+    def _look(self, stage: Stage) -> None:
+        """Log the scores of the student at ten steps of a stage, which are a function of the number of its steps."""
+        student = stage.held.get("student")
+        due = (stage.k + 1) * EVALUATIONS // stage.steps > stage.k * EVALUATIONS // stage.steps
+        if self.evaluate is None or self.dry or not due or not isinstance(student, nn.Module):
+            return
+        with self.aside("evaluate", student):
+            scores = self.evaluate(student)
+        self.log(**{f"eval_{name}": value for name, value in scores.items()})
+
     def _after_step(self, stage: Stage, count: int, elapsed: float) -> None:
+        self._look(stage)
         if (stage.k + 1) % FLUSH_EVERY == 0:
             self._flush(stage)
         if count == 5 and not self.dry:
