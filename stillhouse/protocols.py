@@ -328,6 +328,14 @@ def _probe_density(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return model.log_prob(batch["x"])[:, None]
 
 
+def _probe_graphs(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    from torch_geometric.data import Batch
+
+    whole = Batch.from_data_list(list(batch["graph"]))
+    extra = {name: whole[name] for name in ("edge_attr", "degree") if name in whole}
+    return model(whole.x, whole.edge_index, whole.batch, None, graphs=len(batch["graph"]), **extra)
+
+
 PROBES: dict[Any, Callable[[Any, Mapping[str, Any]], Tensor]] = {
     Classifier: _probe_image,
     Encoder: _probe_image,
@@ -340,6 +348,7 @@ PROBES: dict[Any, Callable[[Any, Mapping[str, Any]], Tensor]] = {
     Seq2Seq: _probe_seq2seq,
     SpeechEncoder: _probe_speech_encoder,
     DualEncoder: _probe_dual_encoder,
+    GraphModel: _probe_graphs,
 }
 """How one batch is sent through a model of each protocol."""
 
@@ -355,6 +364,7 @@ NEEDS: dict[Any, tuple[str, ...]] = {
     Seq2Seq: ("target_ids",),
     SpeechEncoder: ("audio",),
     DualEncoder: ("image",),
+    GraphModel: ("graph",),
 }
 """Which batch fields the probe of a protocol reads."""
 

@@ -13,11 +13,14 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from stillhouse import __version__
+from stillhouse.cli.caching import cache
 from stillhouse.cli.choosing import advise
+from stillhouse.cli.exporting import export
 from stillhouse.cli.listing import list_systems, show
 from stillhouse.cli.measuring import compare, report, tour, verify
 from stillhouse.cli.models import taps
 from stillhouse.cli.running import run, run_help
+from stillhouse.cli.using import evaluate, predict
 from stillhouse.errors import ConfigError, StillError, UnknownNameError
 
 
@@ -55,7 +58,8 @@ def _dispatch(words: list[str]) -> None:
         return
     commands: dict[str, Callable[..., Any]] = {
         "list": list_systems, "show": show, "run": run_help, "verify": verify, "compare": compare, "report": report,
-        "advise": advise, "taps": taps, "tour": tour, "version": version,
+        "advise": advise, "taps": taps, "tour": tour, "version": version, "predict": predict, "eval": evaluate,
+        "export": export, "cache": cache,
     }
     tyro.extras.subcommand_cli_from_dict(
         commands, args=words or ["--help"], prog="still", config=(FlagCreatePairsOff,),

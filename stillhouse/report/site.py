@@ -30,9 +30,11 @@ FLOORS = {
 """The pages of the house, ground floor first."""
 
 COMMANDS = ("catalog", "verify", "compare", "report", "report.charts", "report.tables", "testing", "advice", "tour",
-            "cli", "cli.choosing", "cli.listing", "cli.measuring", "cli.models", "cli.resolving", "cli.running",
-            "cli.tables", "cli.words")
-GUIDES = {"guide/write-your-own.md": "Write your own system", "guide/from-paper-to-file.md": "From paper to file"}
+            "cli", "cli.caching", "cli.choosing", "cli.exporting", "cli.listing", "cli.measuring", "cli.models",
+            "cli.resolving", "cli.running", "cli.tables", "cli.using", "cli.words")
+GUIDES = {"guide/write-your-own.md": "Write your own system", "guide/from-paper-to-file.md": "From paper to file",
+          "guide/caches.md": "Teachers that are large or far away",
+          "guide/benchmarks.md": "Benchmarks", "guide/exports.md": "Exports"}
 
 
 def on_config(config: Any) -> Any:
