@@ -101,3 +101,14 @@ def test_sources_and_settings_are_read_from_the_files():
     page = site.system_page(catalog.find("mtt"))
     assert "| `steps` | `5000` | `120` | outer iterations |" in page
     assert r"theta\*\_0 … theta\*\_T" in page and "t &lt; T+" in page and "\n    theta_{n+1} = theta_n" in page
+
+
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_the_pages_exist(page):
+    from stillhouse.cli import COMMANDS
+
+    used = set(re.findall(r"(?:^|`|  )still ([a-z]+)", (ROOT / page).read_text(), re.MULTILINE))
+    assert used <= set(COMMANDS), used - set(COMMANDS)

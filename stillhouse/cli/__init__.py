@@ -56,16 +56,18 @@ def _dispatch(words: list[str]) -> None:
     if words[:1] == ["run"] and len(words) > 1 and not words[1].startswith("-"):
         run(words[1], words[2:])
         return
-    commands: dict[str, Callable[..., Any]] = {
-        "list": list_systems, "show": show, "run": run_help, "verify": verify, "compare": compare, "report": report,
-        "advise": advise, "taps": taps, "tour": tour, "version": version, "predict": predict, "eval": evaluate,
-        "export": export, "cache": cache,
-    }
     tyro.extras.subcommand_cli_from_dict(
-        commands, args=words or ["--help"], prog="still", config=(FlagCreatePairsOff,),
+        COMMANDS, args=words or ["--help"], prog="still", config=(FlagCreatePairsOff,),
         description="Published systems of distillation and learning without labels, on your models and data.")
 
 
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "list": list_systems, "show": show, "advise": advise, "run": run_help, "predict": predict, "eval": evaluate,
+    "export": export, "cache": cache, "taps": taps, "verify": verify, "compare": compare, "report": report,
+    "tour": tour, "version": version,
+}

@@ -32,9 +32,10 @@ FLOORS = {
 COMMANDS = ("catalog", "verify", "compare", "report", "report.charts", "report.tables", "testing", "advice", "tour",
             "cli", "cli.caching", "cli.choosing", "cli.exporting", "cli.listing", "cli.measuring", "cli.models",
             "cli.resolving", "cli.running", "cli.tables", "cli.using", "cli.words")
-GUIDES = {"guide/write-your-own.md": "Write your own system", "guide/from-paper-to-file.md": "From paper to file",
+GUIDES = {"guide/your-own-models.md": "Your own models and data", "guide/exports.md": "Exports",
           "guide/caches.md": "Teachers that are large or far away",
-          "guide/benchmarks.md": "Benchmarks", "guide/exports.md": "Exports"}
+          "guide/write-your-own.md": "Write your own system", "guide/from-paper-to-file.md": "From paper to file",
+          "guide/benchmarks.md": "Benchmarks"}
 
 
 def on_config(config: Any) -> Any:
