@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import torch
 from stillhouse.data import grammar as toy
 from stillhouse.errors import ConfigError, DataError, RoleError
 from stillhouse.measures import divergences
+from stillhouse.measures.projected import plain_divergence
 from stillhouse.models import language
 from stillhouse.parts.replay import ReplayBuffer
 from stillhouse.run import Run
 from stillhouse.systems.language import distillm
-from stillhouse.systems.language.distillm import Config, adapt, choose, distill, generation_share, measure_of, tiny
+from stillhouse.systems.language.distillm import Config, adapt, choose, distill, generation_share, tiny
 from stillhouse.testing import check_system
 
 OFFLINE = {"phi": 0.0, "phi_step": 0.0, "fine_tuning": 0.0, "select": "last"}
@@ -82,6 +84,10 @@ def test_where_a_steps_sequences_come_from():
     assert choose(0.1, 0.4, 0.2, full) == "fresh"
     assert choose(0.3, 0.4, 0.2, ReplayBuffer(0)) == "fresh"
     assert choose(0.0, 0.0, 0.0, full) == "fixed"
+
+
+def measure_of(config):
+    return plain_divergence(config.divergence, config.alpha)
 
 
 def test_the_skew_of_a_config_is_towards_the_teacher_and_bounded():
@@ -205,6 +211,117 @@ def test_the_best_checkpoint_is_returned():
     assert language_loss(student, inputs["validation"]) == pytest.approx(min(losses), abs=1e-5)
 
 
+# ------------------------------------------------------------------ never all logits, and teachers of k tokens
+
+
+class NoHead(torch.nn.Module):
+    """A language model whose output layer is not known, so that its whole logits are asked for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.generation_config = model, model.config, model.generation_config
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
+
+    def generate(self, **options):
+        return self.model.generate(**options)
+
+
+class KTokens:
+    """The k likeliest tokens of a model; of positions in `unknown` nothing."""
+
+    def __init__(self, model, k, unknown=()):
+        self.model, self.k, self.unknown = model.eval(), k, unknown
+        self.vocabulary = model.config.vocab_size
+
+    @torch.no_grad()
+    def top_k(self, input_ids, attention_mask=None):
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        log_p, tokens = logits.log_softmax(-1).topk(self.k, -1)
+        for at in self.unknown:
+            log_p[:, at], tokens[:, at] = -math.inf, 0
+        return log_p, tokens
+
+
+@pytest.mark.parametrize("divergence", list(get_args(distillm.Divergence)))
+def test_without_all_logits_it_is_the_same_training(divergence):
+    ends = []
+    for wrap in (lambda m: m, NoHead):
+        inputs = given(divergence=divergence, lr=1e-3, fine_tuning=0.0, select="last", steps=5)
+        inputs.update(teacher=wrap(inputs["teacher"].double()), student=wrap(inputs["student"].double()))
+        finish(inputs)
+        ends.append(weights(inputs["student"]))
+    torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-8)
+
+
+def test_no_tensor_of_batch_times_length_times_vocabulary_is_made(monkeypatch):
+    inputs = given(**OFFLINE, k=0.5)
+    seen = []
+    for model in (inputs["teacher"], inputs["student"]):
+        model.lm_head.register_forward_hook(lambda m, given, out: seen.append(out.shape[1]))
+    before = {name: len(m._forward_pre_hooks) for name, m in inputs["student"].named_modules()}
+    finish(inputs)
+    longest = inputs["data"].input_ids.shape[1]
+    widths = Counter(seen)
+    assert widths[1] > 3 * 8 and widths[longest] <= 8  # the checks before the run look at whole logits
+    assert before == {name: len(m._forward_pre_hooks) for name, m in inputs["student"].named_modules()}
+
+
+@pytest.mark.parametrize("divergence", list(get_args(distillm.Divergence)))
+def test_a_teacher_of_all_tokens_is_the_teacher(divergence):
+    ends = []
+    for wrap in (lambda m: m, lambda m: KTokens(m, len(toy.VOCABULARY))):
+        inputs = given(divergence=divergence, lr=1e-3, fine_tuning=0.0, select="last", steps=5)
+        inputs.update(teacher=wrap(inputs["teacher"].double()), student=inputs["student"].double())
+        _, account = finish(inputs)
+        assert account["fresh"] + account["replayed"] > 0
+        ends.append(weights(inputs["student"]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, NoHead])
+def test_a_teacher_of_few_tokens_trains_and_resumes(wrap):
+    def inputs():
+        found = tiny()
+        return {**found, "teacher": KTokens(found["teacher"], 3, unknown=(0, 4)), "student": wrap(found["student"])}
+
+    before = weights(inputs()["student"])
+    student, account = finish(inputs())
+    assert account["fresh"] > 0 and not torch.equal(before, weights(student))
+    assert torch.isfinite(weights(student)).all()
+    check_system(distill, inputs)
+
+
+def test_a_teacher_of_few_tokens_that_does_not_fit_is_refused_before_any_step():
+    class Of41(KTokens):
+        vocabulary = property(lambda self: 41, lambda self, value: None)
+
+    class Shapeless(KTokens):
+        def top_k(self, input_ids, attention_mask=None):
+            return tuple(x[:, 1:] for x in super().top_k(input_ids, attention_mask))
+
+    class NoLogs(KTokens):
+        def top_k(self, input_ids, attention_mask=None):
+            log_p, tokens = super().top_k(input_ids, attention_mask)
+            return log_p.exp(), tokens
+
+    class Broken(KTokens):
+        def top_k(self, input_ids, attention_mask=None):
+            raise ValueError("it is not in the cache")
+
+    everywhere = range(tiny()["data"].input_ids.shape[1])
+    for teacher, words in [(Of41(tiny()["teacher"], 3), "teacher has 41 vocabulary entries and the student 36"),
+                           (Shapeless(tiny()["teacher"], 3), r"two tensors \[batch, length, k\]"),
+                           (NoLogs(tiny()["teacher"], 3), "log-probabilities at temperature 1"),
+                           (Broken(tiny()["teacher"], 3), "as a TopKTeacher: ValueError: it is not in the cache"),
+                           (KTokens(tiny()["teacher"], 3, everywhere), "knows no next token")]:
+        run = Run(quiet=True)
+        with pytest.raises(RoleError, match=words):
+            distill(**{**tiny(), "teacher": teacher}, run=run)
+        assert not run.begun
+
+
 # ------------------------------------------------------------------ users' models
 
 
@@ -252,7 +369,7 @@ def test_a_padding_id_that_is_the_end_of_sequence():
 def test_vocabularies_that_differ_are_refused_with_both_sizes():
     inputs = tiny()
     inputs["teacher"] = language.llama(41, 16, 1, 2)
-    with pytest.raises(RoleError, match=r"teacher has 41, student has 36"):
+    with pytest.raises(RoleError, match=r"teacher has 41 vocabulary entries and the student 36.*answered_by"):
         distill(**inputs)
 
 

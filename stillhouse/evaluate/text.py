@@ -12,8 +12,8 @@ from stillhouse.data import grammar as toy
 from stillhouse.data.sets import fetch
 from stillhouse.data.text import response_ids, widened
 from stillhouse.errors import DataError, MissingExtraError, require
-from stillhouse.measures.language import next_token_loss
-from stillhouse.models.language import respond, special_tokens
+from stillhouse.measures.language import language_cross_entropy, next_token_loss
+from stillhouse.models.language import next_tokens, respond, special_tokens
 from stillhouse.run.reading import to_device
 
 
@@ -56,10 +56,17 @@ def _device(model: Any) -> torch.device:
 
 
 @torch.no_grad()
-def language_loss(model: Any, data: Any, batch: int = 64) -> float:
-    """Mean next-token cross-entropy (nats a token) of the targets of a TokenPairs set."""
+def language_loss(model: Any, data: Any, batch: int = 64, whole_logits: bool = True) -> float:
+    """Mean next-token cross-entropy (nats a token) of the targets of a TokenPairs set.
+
+    Without `whole_logits` those of all positions are never held where the model allows it (`next_tokens`).
+    """
     total = count = 0.0
     for part in _batches(data, batch, _device(model)):
+        if not whole_logits:
+            loss, tokens = language_cross_entropy(next_tokens(model, part), part["input_ids"], part["target_mask"])
+            total, count = total + loss.item(), count + tokens.item()
+            continue
         logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
         loss, tokens = next_token_loss(logits, part["input_ids"], part["target_mask"])
         total, count = total + loss.item(), count + tokens.item()

@@ -117,7 +117,7 @@ def projected_cross_entropy(
     def rows(q: _Softmax, at: slice, room: list[Tensor]) -> _Found:
         where = places[at]
         value = q.total.log() - q.z.gather(1, where)
-        return _Found(value, q.e.scatter_add_(1, where, -q.total), 1 / q.total)
+        return _Found(value, q.e.scatter_(1, where, q.e.gather(1, where) - q.total), 1 / q.total)
 
     return _apply(rows, 0, student_hidden, student_weight, kept, weights, 1.0, chunk)
 

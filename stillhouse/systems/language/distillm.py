@@ -15,8 +15,13 @@ by 0.1 whenever the validation loss exceeds its reference by eps, and by a first
 
 with lambda_t = phi (1 - t/T), the decreasing share.
 
-Both models' logits are always computed on the chosen sequences. The reference is the validation loss before the first
-step; it moves only when phi does. The checkpoint with the best validation ROUGE-L is returned.
+Both models are always asked about the chosen sequences, and neither one's logits of all positions are held (where a
+model's output layer is nothing but a product). The reference is the validation loss before the first step; it moves
+only when phi does. The checkpoint with the best validation ROUGE-L is returned.
+
+A teacher of which only the k likeliest tokens are known (an endpoint, a cache) is compared on these and one outcome for
+all others together: a lower bound of the divergence, which k = vocabulary makes exact. Positions of which it knows
+nothing are left out.
 
 The paper's baselines are settings: word-level KD (`divergence="kl"`, phi_step=0), ImitKD ("kl", phi=0.5, phi_step=0,
 replay=0), GKD ("js", phi=0.5, phi_step=0, replay=0), always on-policy (phi=1), fine-tuning (k=0); SeqKD is `fine_tune`
@@ -29,10 +34,9 @@ ROUGE-L for the choice of checkpoint is over token ids, as no tokenizer is asked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -43,14 +47,22 @@ from stillhouse.data.text import trimmed, widened
 from stillhouse.errors import require
 from stillhouse.evaluate.claims import Claim
 from stillhouse.evaluate.text import judge_grammar, language_loss, response_rouge
-from stillhouse.measures import divergences
-from stillhouse.measures.language import next_token_loss, token_divergence
-from stillhouse.models.language import check_room, respond, special_tokens
+from stillhouse.measures.language import language_cross_entropy, language_divergence
+from stillhouse.models.language import (
+    check_room,
+    check_vocabularies,
+    known_tokens,
+    next_tokens,
+    respond,
+    special_tokens,
+)
 from stillhouse.parts.best import Best
 from stillhouse.parts.replay import ReplayBuffer
-from stillhouse.protocols import CausalLM, TokenPairs
+from stillhouse.protocols import OFFERS, CausalLM, TokenPairs, TopKTeacher
 from stillhouse.recipes.language import FineTune, adamw, answered_by, check_pairs, due, fine_tune
 from stillhouse.run import Run, begin, frozen, set_lr
+from stillhouse.run.check import first_batch
+from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import cosine
 from stillhouse.zoo.language import grammar_model, grammar_teacher
 
@@ -113,21 +125,6 @@ class Config:
         require(self.fine_tuning >= 0, f"fine_tuning must be 0 or more, not {self.fine_tuning}")
 
 
-def measure_of(config: Config) -> Callable[..., Tensor]:
-    """The divergence of a config as a function of logits, teacher first."""
-    measures: dict[str, Callable[..., Tensor]] = {
-        "kl": divergences.kl,
-        "reverse_kl": lambda p, q, **options: divergences.kl(q, p, **options),
-        "js": divergences.js,
-        "jeffreys": divergences.jeffreys,
-        "total_variation": divergences.total_variation,
-        "skew_kl": partial(divergences.skew_kl, alpha=config.alpha),
-        "skew_reverse_kl": partial(divergences.skew_reverse_kl, alpha=config.alpha),
-        "generalized_jsd": partial(divergences.generalized_jsd, beta=config.alpha),
-    }
-    return measures[config.divergence]
-
-
 def adapt(phi: float, reference: float, loss: float, eps: float, step: float) -> tuple[float, float]:
     """The share of generated answers and the reference loss after a validation: both stay unless the loss has risen
     to the reference + eps."""
@@ -146,10 +143,6 @@ def choose(r: float, phi: float, lam: float, buffer: ReplayBuffer) -> Literal["f
     return "fresh" if r < lam or not buffer.full or buffer.capacity == 0 else "replayed"
 
 
-def logits_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-
 def remember(run: Run, buffer: ReplayBuffer, batch: Mapping[str, Tensor], width: int, pad: int) -> int:
     """Push the generated sequences of all processes; the number of tokens that were generated."""
     everyone = {name: run.gather(value) for name, value in widened(batch, width, pad).items()}
@@ -164,7 +157,7 @@ def recall(run: Run, buffer: ReplayBuffer, n: int) -> dict[str, Tensor]:
 
 
 def distill(
-    teacher: CausalLM,
+    teacher: CausalLM | TopKTeacher,
     student: CausalLM,
     data: TokenPairs,
     validation: TokenPairs,
@@ -178,7 +171,9 @@ def distill(
     differ, no end-of-sequence token) and DataError before any step.
     """
     run = begin(run)
-    run.check(CausalLM, data, teacher=teacher, student=student)
+    run.check(CausalLM, data, student=student)
+    run.check(CausalLM, data, teacher=None if hasattr(teacher, "top_k") else teacher)
+    check_vocabularies(teacher, student, to_device(first_batch(data, OFFERS[TokenPairs]), run.device))
     for role, pairs in {"data": data, "validation": validation, "corpus": corpus}.items():
         if pairs is not None:
             check_pairs(role, pairs)
@@ -187,7 +182,6 @@ def distill(
     check_room("student", student, data, config.max_new_tokens)
     check_room("student", student, validation, config.max_new_tokens)
     eos, pad = special_tokens(student)
-    measure = measure_of(config)
     if config.fine_tuning > 0:
         supervised = FineTune(max(1, round(config.fine_tuning * config.steps)), config.batch, config.lr,
                               config.weight_decay, config.clip, config.validate_every)
@@ -197,7 +191,7 @@ def distill(
     optimizer = adamw(student, config.lr, config.weight_decay)
     buffer, best = ReplayBuffer(config.replay), Best()
     with run.aside("reference", student):
-        reference = run.once("reference", lambda: language_loss(student, validation))
+        reference = run.once("reference", lambda: language_loss(student, validation, whole_logits=False))
     s: Any = run.state(phi=config.phi, reference=reference, tokens=0, fresh=0, replayed=0, fixed=0)
 
     with frozen(teacher):
@@ -213,25 +207,26 @@ def distill(
                 chosen = recall(run, buffer, len(pairs["index"]))
             setattr(s, source, getattr(s, source) + 1)
 
-            logits = logits_of(student, chosen)
+            said = next_tokens(student, chosen)
             terms = {}
             if config.k > 0:
                 with torch.no_grad():
-                    target = logits_of(teacher, chosen)
-                terms["kd"] = config.k * run.mean(*token_divergence(measure, target, logits, chosen["target_mask"]))
+                    target = known_tokens(teacher, chosen)
+                terms["kd"] = config.k * run.mean(*language_divergence(target, said, chosen["target_mask"],
+                                                                       config.divergence, config.alpha))
             if config.k < 1:
-                on_data = logits if source == "fixed" else logits_of(student, pairs)
-                terms["ce"] = (1 - config.k) * run.mean(*next_token_loss(on_data, pairs["input_ids"],
-                                                                         pairs["target_mask"]))
+                on_data = said if source == "fixed" else next_tokens(student, pairs)
+                terms["ce"] = (1 - config.k) * run.mean(*language_cross_entropy(on_data, pairs["input_ids"],
+                                                                                pairs["target_mask"]))
             if corpus is not None and config.lm > 0:
                 text = run.draw(corpus, config.batch)
-                terms["lm"] = config.lm * run.mean(*next_token_loss(logits_of(student, text), text["input_ids"],
-                                                                    text["target_mask"]))
+                terms["lm"] = config.lm * run.mean(*language_cross_entropy(
+                    next_tokens(student, text), text["input_ids"], text["target_mask"]))
             run.update(optimizer, clip=config.clip, **terms)
 
             if due(run, config.validate_every):
                 with run.aside("validate", student):
-                    loss = language_loss(student, validation)
+                    loss = language_loss(student, validation, whole_logits=False)
                     score = -loss if config.select == "loss" else float(run.k)
                     if config.select == "rouge":
                         score = response_rouge(student, validation, config.max_new_tokens)
