@@ -48,6 +48,11 @@ class StageError(StillError, RuntimeError):
     """`run.loop`, `run.once` or `run.finish` was used in a way that could not be resumed."""
 
 
+class EndpointError(StillError, RuntimeError):
+    """An endpoint cannot be reached, refuses, answers with something else than was asked for, or the budget is used up.
+    What it had answered is kept."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the step was finished and the state saved."""
 

@@ -14,8 +14,8 @@ pytest.importorskip("requests")
 from stillhouse.cli import main
 from stillhouse.data.readers import read_data
 from stillhouse.data.text import pack_pairs
-from stillhouse.errors import ConfigError, DataError, RoleError, UnknownNameError
-from stillhouse.hub.endpoint import PROBE, CallableTeacher, Endpoint, EndpointError
+from stillhouse.errors import ConfigError, DataError, EndpointError, RoleError, UnknownNameError
+from stillhouse.hub.endpoint import PROBE, CallableTeacher, Endpoint
 from stillhouse.hub.models import resolve_model
 from stillhouse.measures.projected import projected_topk_kl
 from stillhouse.models.language import gpt2
@@ -371,3 +371,21 @@ def test_a_plain_function(tokenizer, model):
                         (lambda i, m: (-torch.rand(1, 3, 2), torch.full((1, 3, 2), 257)), "outside")):
         with pytest.raises(RoleError, match=said):
             CallableTeacher(wrong, 257).top_k(ids)
+
+
+def test_the_check_before_any_work_takes_a_teacher_that_cannot_be_called():
+    from stillhouse.data.sets import TensorSet
+    from stillhouse.protocols import TopKTeacher
+    from stillhouse.run import Run
+
+    class Known:
+        vocabulary = 5
+
+        def top_k(self, input_ids, attention_mask=None):
+            return torch.zeros(*input_ids.shape, 2).log_softmax(-1), torch.zeros(*input_ids.shape, 2, dtype=torch.long)
+
+    ids = torch.ones(3, 4, dtype=torch.long)
+    data = TensorSet(input_ids=ids, attention_mask=torch.ones_like(ids), target_mask=torch.ones_like(ids))
+    Run(quiet=True).check(TopKTeacher, data, teacher=Known())
+    with pytest.raises(RoleError, match="must be a TopKTeacher"):
+        Run(quiet=True).check(TopKTeacher, data, teacher=3)

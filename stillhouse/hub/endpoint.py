@@ -28,6 +28,7 @@ from stillhouse.data.readers import parse_options
 from stillhouse.errors import (
     ConfigError,
     DataError,
+    EndpointError,
     MissingExtraError,
     RoleError,
     StillError,
@@ -42,11 +43,6 @@ OPTIONS = ("model", "tokenizer", "top_k", "budget", "tokens", "timeout", "retrie
            "token_ids", "chat", "kept")
 PROBE = "The quick brown fox jumps over 13 lazy dogs, doesn't it? Größe: naïve café."
 LONGEST_PAUSE = 120.0
-
-
-class EndpointError(StillError, RuntimeError):
-    """An endpoint cannot be reached, refuses, answers with something else than was asked for, or the budget is used up.
-    What it had answered is kept."""
 
 
 class Endpoint(nn.Module):

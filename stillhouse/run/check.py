@@ -76,7 +76,7 @@ def _flat(roles: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _probe(protocol: Any, role: str, model: Any, batch: dict[str, Any]) -> Tensor:
     kind = protocol.__name__
-    if not callable(model):
+    if not (callable(model) or hasattr(model, "top_k")):
         raise RoleError(f"{role} must be a {kind}, a callable nn.Module; got {type(model).__name__}")
     modes = [(m, m.training) for top in modules_of(model) for m in top.modules()]
     buffers = [(b, b.clone()) for top in modules_of(model) for b in top.buffers()]
