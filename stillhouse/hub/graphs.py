@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from stillhouse.errors import ConfigError, DamagedFileError, MissingExtraError, RoleError, UnknownNameError, require
+from stillhouse.models.gnn import read_out
 
 NAMES = ("GCN", "GIN", "GraphSAGE", "GAT")
 READOUTS = ("add", "mean", "max")
@@ -51,12 +52,7 @@ class PygModel(nn.Module):
              pool_mask: Bool[Tensor, " nodes"] | None = None, graphs: int | None = None
              ) -> Float[Tensor, "graphs width"]:
         """The readout of the nodes of each graph, within `pool_mask`."""
-        from torch_geometric.utils import scatter
-
-        graphs = int(batch.max()) + 1 if graphs is None else graphs
-        if pool_mask is not None:
-            nodes, batch = nodes[pool_mask], batch[pool_mask]
-        return scatter(nodes, batch, dim=0, dim_size=graphs, reduce="sum" if self.readout == "add" else self.readout)
+        return read_out(nodes, batch, pool_mask, graphs, "sum" if self.readout == "add" else self.readout)
 
     def forward(
         self,

@@ -72,12 +72,24 @@ class GNN(nn.Module):
              pool_mask: Bool[Tensor, " nodes"] | None = None, graphs: int | None = None
              ) -> Float[Tensor, "graphs width"]:
         """The sum of the node embeddings of each graph, within `pool_mask`."""
-        from torch_geometric.nn import global_add_pool
+        return read_out(nodes, batch, pool_mask, graphs)
 
-        graphs = int(batch.max()) + 1 if graphs is None else graphs
-        if pool_mask is not None:
-            nodes, batch = nodes[pool_mask], batch[pool_mask]
-        return global_add_pool(nodes, batch, size=graphs)
+
+def read_out(
+    nodes: Float[Tensor, "nodes width"],
+    batch: Int[Tensor, " nodes"],
+    pool_mask: Bool[Tensor, " nodes"] | None = None,
+    graphs: int | None = None,
+    how: str = "sum",
+) -> Float[Tensor, "graphs width"]:
+    """The "sum", "mean" or "max" of the nodes of each graph within `pool_mask`; `graphs` says how many there are, where
+    the last ones may have no node."""
+    from torch_geometric.utils import scatter
+
+    graphs = int(batch.max()) + 1 if graphs is None else graphs
+    if pool_mask is not None:
+        nodes, batch = nodes[pool_mask], batch[pool_mask]
+    return scatter(nodes, batch, dim=0, dim_size=graphs, reduce=how)
 
 
 def _layer(kind: Kind, inputs: int, width: int, edge_features: int) -> nn.Module:
