@@ -21,7 +21,7 @@ from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import ConfigError, DamagedFileError, RoleError, UnknownNameError, require
 from stillhouse.hub.architectures import TARGET, rebuild, refuse_words, remember
 from stillhouse.hub.refusals import PICKLE, looks_foreign, read_json
-from stillhouse.models import convnets, flows, gnn, language
+from stillhouse.models import convnets, flows, gnn, language, vit
 from stillhouse.parts.packed import LAYOUT as QUANTIZED
 from stillhouse.parts.packed import QuantizedModel
 from stillhouse.parts.surgeon import FILE as PRUNED
@@ -42,7 +42,7 @@ def _picture_flow(channels: int = 1, image_size: int = 8, **options: Any) -> nn.
 EMBEDDED: dict[str, Callable[..., nn.Module]] = {
     "convnet": convnets.ConvNet, "tiny-convnet": convnets.TinyConvNet, "resnet": convnets.SmallResNet,
     "vgg": convnets.SmallVGG, "alexnet": convnets.SmallAlexNet, "lenet": convnets.LeNet, "mlp": convnets.MLP,
-    "conv-encoder": convnets.ConvEncoder, "gnn": gnn.GNN,
+    "conv-encoder": convnets.ConvEncoder, "vit": vit.SmallViT, "mixer": vit.SmallMixer, "gnn": gnn.GNN,
     "point-flow": flows.point_flow, "picture-flow": _picture_flow,
     "gpt2": language.gpt2, "opt": language.opt, "llama": language.llama,
 }
