@@ -29,11 +29,40 @@ FAMILIES = {
     "adaptation": "Adaptation: clients, domains, forgetting, anomalies",
 }
 
+KNOWLEDGE = {
+    "response": "what a teacher puts out: probabilities, tokens, labels, denoised samples",
+    "feature": "inner features of single samples",
+    "relation": "relations among samples, layers or places",
+    "distribution": "whole distributions: densities, scores, moments, a critic's game",
+    "training": "how a network is trained: gradients, trajectories, weights",
+}
+"""Kinds of knowledge: the first three are those of the survey (Gou et al. 2021), which ends at classifiers."""
+
+SCHEMES = {
+    "offline": "a teacher trained before, frozen",
+    "online": "teacher and student are trained together",
+    "self": "a network learns from itself: its past, its average, its own views, layers or labels",
+    "none": "there is no teacher",
+}
+
+ALGORITHMS = {
+    "adversarial": "a critic or a generator plays against the student",
+    "multi-teacher": "two teachers or more, or an ensemble",
+    "cross-modal": "teacher and student see different modalities, or pictures and text are aligned",
+    "graph": "graphs are the data or the knowledge",
+    "attention": "attention is the knowledge",
+    "data-free": "no real data is needed",
+    "quantized": "weights of few bits",
+    "lifelong": "against forgetting, or for it",
+    "nas": "an architecture is searched",
+}
+
 
 @dataclass(frozen=True)
 class System:
-    """One paper. `moves` says what is distilled into what, `extras` which optional dependencies it needs, `remarks`
-    what the miniature does not show of the paper's claims, and why, `grounds` where it can be compared with others
+    """One paper. `knowledge` (the main kind first), `scheme` and `algorithms` place it in the survey's map (the tables
+    above), `moves` says what is distilled into what, `extras` which optional dependencies it needs, `remarks` what the
+    miniature does not show of the paper's claims, and why, `grounds` where it can be compared with others
     (`stillhouse.zoo.grounds`), with changes of its config and options of the ground's roles, `advice` for whom it is
     (`stillhouse.advice`)."""
 
@@ -43,6 +72,9 @@ class System:
     title: str
     year: int
     arxiv: str
+    knowledge: tuple[str, ...] = ()
+    scheme: str = ""
+    algorithms: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     moves: str = ""
     remarks: str = ""
@@ -104,7 +136,18 @@ def results_folder() -> Path:
 def systems() -> dict[str, System]:
     """All systems by slug, in the order of their numbers."""
     rows = json.loads((PACKAGE / "catalog.json").read_text(encoding="utf-8"))
-    return {r["slug"]: System(**{**r, "extras": tuple(r.get("extras", ()))}) for r in rows}
+    lists = ("extras", "knowledge", "algorithms")
+    return {r["slug"]: System(**{**r, **{name: tuple(r.get(name, ())) for name in lists}}) for r in rows}
+
+
+def placed(knowledge: str | None = None, scheme: str | None = None, algorithm: str | None = None) -> list[System]:
+    """The systems at a place of the survey's map; None is any. Raises UnknownNameError for a word that it has not."""
+    for given, known, what in ((knowledge, KNOWLEDGE, "kind of knowledge"), (scheme, SCHEMES, "scheme"),
+                               (algorithm, ALGORITHMS, "algorithm")):
+        if given is not None and given not in known:
+            raise UnknownNameError(f"there is no {what} '{given}'; choose one of {', '.join(known)}")
+    return [s for s in systems().values() if (knowledge is None or knowledge in s.knowledge)
+            and (scheme is None or scheme == s.scheme) and (algorithm is None or algorithm in s.algorithms)]
 
 
 def find(slug: str) -> System:

@@ -21,6 +21,20 @@ def test_every_built_system_is_in_the_catalog_and_says_what_it_moves():
     assert all(s.moves for s in catalog.systems().values() if s.built)
 
 
+def test_every_system_has_its_place_in_the_survey_s_map():
+    for s in catalog.systems().values():
+        assert s.knowledge and set(s.knowledge) <= set(catalog.KNOWLEDGE) and len(set(s.knowledge)) == len(s.knowledge)
+        assert s.scheme in catalog.SCHEMES and set(s.algorithms) <= set(catalog.ALGORITHMS)
+    for knowledge in catalog.KNOWLEDGE:
+        assert catalog.placed(knowledge=knowledge)
+    assert all(catalog.placed(scheme=scheme) for scheme in catalog.SCHEMES)
+    assert all(catalog.placed(algorithm=algorithm) for algorithm in catalog.ALGORITHMS)
+    assert len(catalog.placed()) == 176
+    assert "quantized-distillation" in {s.slug for s in catalog.placed("response", "offline", "quantized")}
+    with pytest.raises(UnknownNameError, match="no scheme 'remote'; choose one of offline"):
+        catalog.placed(scheme="remote")
+
+
 def test_slugs_are_found_and_misspelt_ones_answered():
     assert catalog.find("SSLD").number == 41 and catalog.find("progressive_distillation").number == 79
     with pytest.raises(UnknownNameError, match="Did you mean .*ssld"):

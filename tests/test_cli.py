@@ -70,6 +70,11 @@ def test_list_as_json_has_all_systems(capsys):
 def test_list_can_be_narrowed(capsys):
     _, out, _ = still(capsys, "list", "--family", "datasets", "--built", "--json")
     assert {e["slug"] for e in json.loads(out)} >= {"mtt"} and all(e["built"] for e in json.loads(out))
+    _, out, _ = still(capsys, "list", "--knowledge", "feature", "--scheme", "offline", "--json")
+    found = json.loads(out)
+    assert found and all("feature" in s["knowledge"] and s["scheme"] == "offline" for s in found)
+    assert "no algorithm 'magic'" in still(capsys, "list", "--algorithm", "magic")[2]
+    assert "relation and distribution knowledge, offline" in still(capsys, "show", "wcord")[1]
     status, _, err = still(capsys, "list", "--family", "cooking")
     assert status == 2 and "the families are compression" in err
     assert "built" in still(capsys, "list", "--family", "datasets")[1]

@@ -14,30 +14,43 @@ from stillhouse.cli.words import Slug
 from stillhouse.errors import UnknownNameError
 
 
-def list_systems(family: str | None = None, built: bool = False, json: bool = False) -> None:
+def list_systems(family: str | None = None, built: bool = False, knowledge: str | None = None,
+                 scheme: str | None = None, algorithm: str | None = None, json: bool = False) -> None:
     """List the systems, whether they are built, and how their claims came out.
 
     Args:
         family: only this family, e.g. compression
         built: only those that are built
+        knowledge: only those that move response, feature or relation knowledge, a distribution, or training itself
+        scheme: only offline, online or self distillation, or none (without a teacher)
+        algorithm: only adversarial, multi-teacher, cross-modal, graph, attention, data-free, quantized, lifelong or nas
         json: as a JSON list of objects
     """
     if family is not None and family not in catalog.FAMILIES:
         raise UnknownNameError(f"there is no family '{family}'; the families are {', '.join(catalog.FAMILIES)}")
-    chosen = [s for s in catalog.systems().values()
+    chosen = [s for s in catalog.placed(knowledge, scheme, algorithm)
               if (family is None or s.family == family) and (s.built or not built)]
     if json:
         print(tables.as_json([{"number": s.number, "slug": s.slug, "family": s.family, "title": s.title, "year": s.year,
-                      "arxiv": s.arxiv, "built": s.built, "verdict": s.verdict} for s in chosen]))
+                      "arxiv": s.arxiv, "knowledge": s.knowledge, "scheme": s.scheme,
+                      "algorithms": s.algorithms, "built": s.built, "verdict": s.verdict} for s in chosen]))
         return
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("no.", "slug", "family", "state", "claims", "title"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    mapped = bool(knowledge or scheme or algorithm)
+    names = ("no.", "slug", *(("knowledge", "scheme", "algorithms") if mapped else ("family",)), "state", "claims")
+    rows = []
     for s in chosen:
-        state, verdict = ("[green]built[/]" if s.built else "[dim]planned[/]"), tables.coloured(s.verdict)
-        table.add_row(f"{s.number:03d}", s.slug, s.family, state, verdict, f"{tables.plain(s.title)} ({s.year})")
+        place = (" ".join(s.knowledge), s.scheme, " ".join(s.algorithms)) if mapped else (s.family,)
+        rows.append((f"{s.number:03d}", s.slug, *place, "built" if s.built else "planned", s.verdict))
+    for i, name in enumerate(names):
+        widest = max(len(name), *(len(row[i]) for row in rows)) if rows else len(name)
+        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=min(widest, 24), max_width=28)
+    table.add_column("title", no_wrap=True, overflow="ellipsis")
+    for s, (*cells, _, verdict) in zip(chosen, rows, strict=True):
+        shown = "[green]built[/]" if s.built else "[dim]planned[/]"
+        table.add_row(*cells, shown, tables.coloured(verdict), f"{tables.plain(s.title)} ({s.year})")
     console = tables.console()
     console.print(table)
     console.print(f"{len(chosen)} systems, {sum(s.built for s in chosen)} built. More on one: still show SLUG")
@@ -47,6 +60,7 @@ def show(slug: Positional[Slug]) -> None:
     """Show what a system does: what it distils into what, equations, roles, config, claims, how to run it."""
     system = catalog.find(slug)
     print(f"{system.number:03d} {system.slug}: {system.title} ({system.year}), arXiv {system.arxiv}")
+    print(_place(system))
     if not system.built:
         print("\nPlanned, not built yet.")
         return
@@ -66,6 +80,12 @@ def show(slug: Positional[Slug]) -> None:
     flags = " ".join(f"--{n} …" for n, p in roles.items() if p.default is inspect.Parameter.empty)
     print(f"\nRun it\n  still run {system.slug}{'':<12} the embedded experiment\n  still run {system.slug} {flags}\n"
           f"  from {system.module} import distill, Config")
+
+
+def _place(system: catalog.System) -> str:
+    scheme = "no teacher" if system.scheme == "none" else f"{system.scheme} distillation"
+    tags = f"; {', '.join(system.algorithms)}" if system.algorithms else ""
+    return f"{' and '.join(system.knowledge)} knowledge, {scheme}{tags}"
 
 
 def _show_claims(system: catalog.System, module: Any) -> None:

@@ -57,6 +57,7 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages and the pictures they show."""
     files.append(File.generated(config, "systems/index.md", content=systems_page()))
+    files.append(File.generated(config, "systems/map.md", content=map_page()))
     files.append(File.generated(config, "systems/comparisons.md", content=comparisons_page()))
     for system in catalog.systems().values():
         if system.built:
@@ -111,6 +112,28 @@ def systems_page() -> str:
         if planned:
             lines += ["Planned: " + ", ".join(f"{s.slug}" for s in planned) + ".", ""]
     return "\n".join(lines)
+
+
+def map_page() -> str:
+    """Where every system lies in the survey's map: knowledge by scheme, and by algorithm."""
+    def links(found: list[catalog.System]) -> str:
+        return ", ".join(f"[{s.slug}]({s.slug}.md)" if s.built else s.slug for s in found)
+
+    lines = ["# The map", "", "The systems by the kind of knowledge that is moved, the scheme, and the kind of "
+             "algorithm, in the words of the survey ([Gou et al. 2021](https://arxiv.org/abs/2006.05525)), and by two "
+             "kinds of knowledge that it does not cover. Linked ones are built. `still list --knowledge feature "
+             "--scheme self` asks the same.", ""]
+    for knowledge, meaning in catalog.KNOWLEDGE.items():
+        lines += [f"## {_capital(knowledge)}", "", f"{_capital(meaning)}.", "", "| scheme | systems |", "|---|---|"]
+        for scheme, what in catalog.SCHEMES.items():
+            here = [s for s in catalog.placed(scheme=scheme) if s.knowledge[0] == knowledge]
+            if here:
+                lines.append(f"| {scheme}: {what} | {links(here)} |")
+        lines.append("")
+    lines += ["## By algorithm", "", "| algorithm | systems |", "|---|---|"]
+    lines += [f"| {name}: {what} | {links(catalog.placed(algorithm=name))} |"
+              for name, what in catalog.ALGORITHMS.items()]
+    return "\n".join(lines) + "\n"
 
 
 def comparisons_page() -> str:
