@@ -16,6 +16,7 @@ from stillhouse.store import cache_folder, write_text
 from stillhouse.verify import FLOORS, WORKERS, Job, json_number, source_hash, work
 
 BASELINE = "baseline "
+Arms = dict[str, dict[str, list[float | None]]]
 
 
 def common_ground(slugs: Sequence[str], ground: str | None = None) -> str:
@@ -52,12 +53,14 @@ def compare(slugs: Sequence[str], seeds: Sequence[int], ground: str | None = Non
 
     place = GROUNDS[name]
     rows = [*(BASELINE + b for b in place.baselines), *(s.slug for s in entrants)]
-    jobs = {row: [_job(row, name, seed) for seed in seeds] for row in rows}
+    jobs = {(student, row): [_job(row, name, seed, student) for seed in seeds] for student in place.students
+            for row in rows}
     work([job for of_row in jobs.values() for job in of_row], workers, "stillhouse.compare")
-    arms: dict[str, dict[str, list[float | None]]] = {}
-    for row, of_row in jobs.items():
+    students: dict[str, Arms] = {student: {} for student in place.students}
+    for (student, row), of_row in jobs.items():
         each = [json.loads(job.outcome.read_text(encoding="utf-8")) for job in of_row]
-        arms[row.removeprefix(BASELINE)] = {m: [e.get(m) for e in each] for m in each[0]}
+        students[student][row.removeprefix(BASELINE)] = {m: [e.get(m) for e in each] for m in each[0]}
+    arms = students[place.main]
     headline = next(iter(place.better))
     sign = 1 if place.better[headline] == "higher" else -1
 
@@ -65,9 +68,13 @@ def compare(slugs: Sequence[str], seeds: Sequence[int], ground: str | None = Non
         seen = [v for v in arms[arm][headline] if v is not None]
         return -sign * sum(seen) / len(seen) if seen else float("inf")
 
-    ranked = {arm: arms[arm] for arm in sorted(arms, key=rank)}
-    return {"title": place.title, "ground": name, "sentence": place.sentence, "seeds": list(seeds),
-            "better": place.better, "baselines": list(place.baselines), "arms": ranked}
+    order = sorted(arms, key=rank)
+    comparison = {"title": place.title, "ground": name, "sentence": place.sentence, "seeds": list(seeds),
+                  "better": place.better, "baselines": list(place.baselines), "arms": {arm: arms[arm] for arm in order}}
+    if len(students) > 1:
+        comparison["student"] = place.main
+        comparison["students"] = {student: {arm: found[arm] for arm in order} for student, found in students.items()}
+    return comparison
 
 
 def gains(comparison: dict[str, Any], arm: str) -> tuple[float, float, float]:
@@ -105,44 +112,106 @@ def draw(comparison: dict[str, Any]) -> Any:
     return figure
 
 
+def draw_trade(comparison: dict[str, Any]) -> Any:
+    """A matplotlib figure of a comparison with students of several sizes: the first metric against the parameters of
+    the result, a line an arm, and against the seconds of training, a point an arm for each size."""
+    from matplotlib.figure import Figure
+
+    headline, direction = next(iter(comparison["better"].items()))
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    lines = _lines(comparison, headline)
+    free = {arm for arm in comparison["arms"] if max(x for x, _, _ in lines[arm]["training seconds"]) < 0.1}
+    colours = _colours([arm for arm in lines if arm not in free])
+    for arm, of_metric in lines.items():
+        given = arm in comparison["baselines"]
+        for axis, metric in zip(axes, ("parameters", "training seconds"), strict=True):
+            if arm in free:
+                axis.axhline(of_metric[metric][0][1], color="#8a9099", linestyle=":", label=arm)
+                continue
+            xs, means, halves = zip(*of_metric[metric], strict=True)
+            axis.errorbar(xs, means, yerr=halves, fmt="s--" if given else "o-", color="#555b66" if given else
+                          colours[arm], markersize=5, linewidth=1.6 if given else 1.1, elinewidth=0.6,
+                          markerfacecolor="white" if arm == "student alone" else None, label=arm)
+    for axis, metric in zip(axes, ("parameters", "training seconds"), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{metric} of the result" if metric == "parameters" else f"{metric} on one core")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel(f"{headline} ({direction} is better), mean and 95% interval of {len(comparison['seeds'])} seeds")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=9)
+    figure.suptitle(comparison["title"])
+    return figure
+
+
+def _lines(comparison: dict[str, Any], headline: str) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
+    """Of every arm: (x, mean of the headline, half its interval) for each student, by what x is."""
+    found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for arm in comparison["arms"]:
+        found[arm] = {"parameters": [], "training seconds": []}
+        for of_student in comparison["students"].values():
+            values = of_student[arm]
+            mean, low, high = interval([v for v in values[headline] if v is not None])
+            for metric, points in found[arm].items():
+                seen = [v for v in values[metric] if v is not None]
+                half = (high - low) / 2 if len(seen) > 1 else 0.0
+                points.append((sum(seen) / max(1, len(seen)), mean, half))
+    return found
+
+
+def _colours(arms: list[str]) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    return {arm: colormaps["turbo"](0.05 + 0.9 * i / max(1, len(arms) - 1)) for i, arm in enumerate(arms)}
+
+
 def write(comparison: dict[str, Any], folder: Path) -> Path:
-    """`comparison.json` and `comparison.png` in `folder`; the path of the picture."""
+    """`comparison.json` and `comparison.png` in `folder`, and `trade.png` where students of several sizes were
+    distilled; the path of the picture that says most."""
     write_text(folder / "comparison.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
     picture = folder / "comparison.png"
     draw(comparison).savefig(picture, dpi=130)
+    if "students" in comparison:
+        picture = folder / "trade.png"
+        draw_trade(comparison).savefig(picture, dpi=110)
     return picture
 
 
-def _job(row: str, ground: str, seed: int) -> Job:
+def _job(row: str, ground: str, seed: int, student: str = "") -> Job:
     source = "" if row.startswith(BASELINE) else catalog.find(row).hash + json.dumps(catalog.find(row).grounds[ground])
     digest = hashlib.blake2b((source + source_hash(FLOORS)).encode(), digest_size=8).hexdigest()
-    folder = cache_folder() / "compare" / f"{ground}-{row.replace(' ', '-')}-{digest}" / f"seed-{seed}"
-    return Job(row, seed, False, folder, words=("--ground", ground))
+    size = f" {student}".rstrip().replace(" ", "-")
+    folder = cache_folder() / "compare" / f"{ground}-{row.replace(' ', '-')}{size}-{digest}" / f"seed-{seed}"
+    return Job(row, seed, False, folder, words=("--ground", ground, "--student", student))
 
 
-def run_entrant(row: str, ground: str, seed: int, folder: Path) -> dict[str, float | None]:
-    """One system or baseline on a ground with one seed, in a resumable run."""
+def run_entrant(row: str, ground: str, seed: int, folder: Path, student: str = "") -> dict[str, float | None]:
+    """One system or baseline on a ground with one seed and one of its students, in a resumable run."""
     from stillhouse.run import Run
     from stillhouse.zoo.grounds import GROUNDS, baseline, enter
 
     place = GROUNDS[ground]
+    options = place.students[student or place.main]
     with Run.open(folder, system=row, seed=seed, quiet=True, resume=None) as run:
         if row.startswith(BASELINE):
             name = row.removeprefix(BASELINE)
-            arms = run.arms({name: lambda: baseline(place, name, run)})
+            arms = run.arms({name: lambda: baseline(place, name, run, options)})
         else:
             name = row
-            arms = run.arms({name: lambda: enter(place, catalog.load(row), run, **catalog.find(row).grounds[ground])})
+            entry = catalog.find(row).grounds[ground]
+            own = {**options, **entry.get("options", {})}
+            arms = run.arms({name: lambda: enter(place, catalog.load(row), run, entry.get("config"), own)})
     return {metric: json_number(value) for metric, value in arms[name].items()}
 
 
 def main() -> None:
-    """A worker: `python -m stillhouse.compare SLUG SEED FOLDER --ground NAME`."""
+    """A worker: `python -m stillhouse.compare SLUG SEED FOLDER --ground NAME [--student SIZE]`."""
     parser = argparse.ArgumentParser(prog="stillhouse.compare", description="one entrant of a comparison, one seed")
     parser.add_argument("slug")
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ground", required=True)
+    parser.add_argument("--student", default="")
     given = parser.parse_args()
     import torch
 
@@ -150,7 +219,8 @@ def main() -> None:
     job = Job(given.slug, given.seed, False, given.folder)
     if job.seed < 0:
         raise ConfigError(f"a seed is 0 or more, not {job.seed}")
-    write_text(job.outcome, json.dumps(run_entrant(job.slug, given.ground, job.seed, job.folder)))
+    write_text(job.outcome, json.dumps(run_entrant(job.slug, given.ground, job.seed, job.folder,
+                                                        given.student)))
 
 
 if __name__ == "__main__":
