@@ -18,6 +18,7 @@ ROLES = {
     "teachers": "several such models",
     "student": "the model that is trained in place and returned",
     "network": "a factory: called without arguments, it returns a freshly initialised nn.Module",
+    "candidates": "several such factories, among which one is chosen",
     "data": "the main training data",
     "perceptual": "a network whose features a distance is taken in; never changed",
     "labelled": "data with labels that the system may read",

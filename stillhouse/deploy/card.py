@@ -22,7 +22,8 @@ from stillhouse.protocols import modules_of
 LIBRARIES = {"hf": "transformers", "diffusers": "diffusers", "peft": "peft", "onnx": "onnx"}
 TASKS = {"Classifier": "image-classification", "Encoder": "image-feature-extraction",
          "TextClassifier": "text-classification", "TextEncoder": "feature-extraction", "CausalLM": "text-generation",
-         "VectorClassifier": "image-classification", "SpeechEncoder": "feature-extraction"}
+         "VectorClassifier": "image-classification", "LabelAugmented": "image-classification",
+         "SpeechEncoder": "feature-extraction"}
 DATA = ("DistilledSet", "GraphSet")
 
 

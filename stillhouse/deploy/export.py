@@ -88,6 +88,9 @@ TABLE: dict[str, dict[str, Cell]] = {
     "VectorClassifier": _row("`image` to `logits`", _OWN, True,
                              _no("no configuration of transformers describes learned prompts, projector and class "
                                  "vectors on a CLIP")),
+    "LabelAugmented": _row("`image` to `logits`, from the head or the copies that its inference names", _OWN, True,
+                           _no("no configuration of transformers describes a joint head; its model.safetensors is the "
+                               "classifier alone")),
     "QuantizedModel": _row("what its network takes and gives, weights decoded", _yes("its packed file as it is"), True,
                            _yes("its network with decoded weights, if it is a model of transformers")),
     "FewStepSampler": _row("`noise` (and `renoise`, `condition`) to `x`, all steps", _OWN, True, _NO_CONFIG,

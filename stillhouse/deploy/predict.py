@@ -64,7 +64,7 @@ def data_kind(about: About, labelled: bool = False) -> Any:
     """The data protocol that a target's predictions, or its scores (`labelled`), are made on; None for none."""
     pictures = protocols.LabelledImages if labelled else protocols.Images
     texts = protocols.LabelledTexts if labelled else protocols.Texts
-    made = made_by(about.system)
+    made = made_by(about)
     whole = {DistilledSet: pictures, GraphSet: protocols.Graphs, SceneSet: None, FewStepSampler: protocols.Samples,
              SamplerLadder: protocols.Samples}
     if made in whole:

@@ -137,7 +137,7 @@ def check_fit(model: Any, about: About, data: Any, device: torch.device | str = 
 
 def _is_student(about: About) -> bool:
     """Whether what a run trains is what it returns, and can be scored as it is."""
-    kind = made_by(about.system)
+    kind = made_by(about)
     return (kind is QuantizedModel or kind is nn.Module) and about.kind in (
         "Classifier", "TextClassifier", "Encoder", "TextEncoder", "CausalLM", "Density")
 

@@ -19,6 +19,8 @@ from stillhouse.errors import DamagedFileError, StillError, StoreError, require
 from stillhouse.hub.architectures import TARGET, describe
 from stillhouse.hub.models import builder, fit_role, load_weights, resolve_model
 from stillhouse.hub.refusals import read_json
+from stillhouse.parts.ensembles import FILE as ENSEMBLE
+from stillhouse.parts.ensembles import Ensemble
 from stillhouse.parts.heads import Projected
 from stillhouse.parts.surgeon import FILE as PRUNED
 from stillhouse.protocols import PROBES
@@ -74,7 +76,7 @@ def about_run(slug: str, roles: Mapping[str, Any], config: Any, seed: int = 0,
         named = [k.__name__ for k in kinds]
         if named == ["Classifier", "Encoder"] and not any(getattr(config, term, 1) for term in ("ce", "kd")):
             named.reverse()
-        about.kind = named[0] if named else ""
+        about.kind = named[0] if named else _of_factory(name, roles, hints)
         about.network = describe(roles[name])
     for value in roles.values():
         if not hasattr(value, "__getitem__") or not hasattr(value, "__len__") or isinstance(value, nn.Module | list):
@@ -85,6 +87,16 @@ def about_run(slug: str, roles: Mapping[str, Any], config: Any, seed: int = 0,
             if isinstance(content, Tensor) and field not in about.example:
                 about.example[field] = list(content.shape)
     return about
+
+
+def _of_factory(name: str, roles: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+    """What a network that a factory made is, where it is itself the result: known from the data it learned from."""
+    if name != "network" or hints["return"] is not nn.Module:
+        return ""
+    kinds = {"LabelledImages": "Classifier", "TokenPairs": "CausalLM", "LabelledTexts": "TextClassifier"}
+    given = [k.__name__ for role, value in roles.items() if value is not None
+             for k in (hints[role], *typing.get_args(hints[role])) if hasattr(k, "__name__")]
+    return next((kinds[k] for k in given if k in kinds), "")
 
 
 def save(target: Any, folder: Path | str, about: About, tokenizer: Any = None) -> Path:
@@ -174,6 +186,9 @@ def _loaded(place: Path, about: About, kind: Any, arch: str | None) -> Any:
     if hasattr(kind, "load"):
         return _settled(kind.load(place, *_network_for(kind, lambda: builder(place, arch, MODELS)(), arch)))
     protocol = next((p for p in PROBES if p.__name__ == about.kind), None)
+    if (place / ENSEMBLE).is_file():
+        build = builder(place, arch, MODELS)
+        return Ensemble.load(place, lambda: fit_role(build(), protocol, str(place))).eval()
     model: Any = load_weights(fit_role(builder(place, arch, MODELS)(), protocol, str(place)), place / WEIGHTS)
     if (place / GENERATION).is_file() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
@@ -197,14 +212,18 @@ def networks_of(target: Any) -> list[nn.Module]:
             for network in networks_of(part)]
 
 
-def made_by(slug: str) -> Any:
-    """What the `distill` of a system is annotated to return."""
-    return typing.get_type_hints(catalog.load(slug).distill)["return"]
+def made_by(about: About) -> Any:
+    """What the `distill` of the system is annotated to return; of several kinds the one that the target is named as, or
+    else a network."""
+    hint = typing.get_type_hints(catalog.load(about.system).distill)["return"]
+    kinds = [k for k in typing.get_args(hint) if isinstance(k, type)] or [hint]
+    named = [k for k in kinds if k.__name__ == about.target]
+    return next(iter(named or [k for k in kinds if issubclass(k, nn.Module)] or kinds))
 
 
 def target_class(about: About) -> Any:
     """The class of a target: what the `distill` of its system is annotated to return, an nn.Module or another."""
-    kind = made_by(about.system)
+    kind = made_by(about)
     require(about.target == kind.__name__ or issubclass(kind, nn.Module), f"{TARGET} says that the result is a "
             f"{about.target}, but {about.system} gives a {kind.__name__}", DamagedFileError)
     return kind

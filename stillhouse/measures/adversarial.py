@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -80,3 +80,35 @@ def r1_penalty(
     """0.5 |d logit / d x|^2 at real samples x that require a gradient (Mescheder et al. 2018, equation 9)."""
     (gradient,) = torch.autograd.grad(real.sum(), x, create_graph=True)
     return reduce_samples(0.5 * gradient.square().flatten(1).sum(1), weight, reduction=reduction)
+
+
+def two_logit_loss(
+    fake: Float[Tensor, "n 2"],
+    real: Float[Tensor, "n 2"],
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Binary cross-entropy of a discriminator with a logit for each side: targets [1, 0] for `fake` and [0, 1] for
+    `real`, the mean over both sides and both logits, per pair (MEAL, Shen et al. 2019). ln 2 where all logits are 0.
+    """
+    sides = [F.softplus(-fake[:, 0]), F.softplus(fake[:, 1]), F.softplus(real[:, 0]), F.softplus(-real[:, 1])]
+    return reduce_samples(torch.stack(sides).mean(0), weight, reduction=reduction)
+
+
+class _Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coefficient: float) -> Tensor:
+        ctx.coefficient = coefficient
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return -ctx.coefficient * gradients[0], None
+
+
+def reverse_gradient(x: Float[Tensor, "*any"], coefficient: float = 1.0) -> Float[Tensor, "*any"]:
+    """`x`, whose gradient is -coefficient times what comes back (Ganin and Lempitsky 2015, equation 16): what comes
+    after it minimises a loss, what comes before maximises it, in one step. 0 stops the gradient, -1 passes it on."""
+    reversed_x = _Reversal.apply(x, coefficient)
+    assert isinstance(reversed_x, Tensor)
+    return reversed_x

@@ -86,6 +86,44 @@ def cka(a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
     return cross / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
+def rbf_gram(a: Float[Tensor, "n ..."], bandwidth: float = 0.5) -> Float[Tensor, "n n"]:
+    """exp(-d^2 / (2 sigma^2)) of the flattened rows, sigma being `bandwidth` times the median distance of two different
+    rows (Kornblith et al. 2019, section 4)."""
+    require(bandwidth > 0, f"bandwidth is a part of the median distance, above 0, not {bandwidth}")
+    squared = torch.cdist(a.flatten(1)[None], a.flatten(1)[None])[0].square()
+    off = squared[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
+    scale = (bandwidth**2 * off.median()).clamp_min(torch.finfo(a.dtype).tiny)
+    return (-squared / (2 * scale)).exp()
+
+
+def hsic(k: Float[Tensor, "n n"], m: Float[Tensor, "n n"], unbiased: bool = False) -> Float[Tensor, ""]:
+    """Hilbert-Schmidt independence criterion of two Gram matrices of the same samples: tr(K H M H) / (n - 1)^2
+    (Gretton et al. 2005), or the estimate without bias (Song et al. 2012, equation 5), which needs 4 samples."""
+    n = len(k)
+    require(k.shape == m.shape == (n, n), f"two Gram matrices of the same samples are needed; got {tuple(k.shape)} and "
+            f"{tuple(m.shape)}", DataError)
+    require(n >= (4 if unbiased else 2), f"HSIC needs at least {4 if unbiased else 2} samples, got {n}", DataError)
+    if not unbiased:
+        return (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()).mul(m).sum() / (n - 1) ** 2
+    k, m = (g - torch.diag(g.diagonal()) for g in (k, m))
+    inner = (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * (k.sum(0) @ m.sum(0)) / (n - 2)
+    return inner / (n * (n - 3))
+
+
+def instance_graph(features: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    """Edges of an instance relationship graph (Liu et al. 2019, equation 3): squared distances of all pairs of samples,
+    over their mean."""
+    squared = (features[:, None] - features[None, :]).square().sum(-1)
+    return _over_mean(squared)
+
+
+def graph_distance(teacher: Float[Tensor, "n d"], student: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
+    """IRG's edge loss (Liu et al. 2019, equation 7): mean squared difference of the two instance graphs. Unchanged by
+    rotation, shift and scale of either side."""
+    _rows(teacher, student, at_least=2)
+    return (instance_graph(student) - instance_graph(teacher)).square().mean()
+
+
 def _over_mean(d: Tensor) -> Tensor:
     n = len(d)
     return d / (d.sum() / (n * (n - 1))).clamp_min(torch.finfo(d.dtype).tiny)

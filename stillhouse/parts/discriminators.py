@@ -1,4 +1,4 @@
-"""Discriminator heads on the features of a denoiser."""
+"""Discriminator heads on the features of a denoiser, and a discriminator of logits."""
 
 from __future__ import annotations
 
@@ -47,6 +47,47 @@ class ConvHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
         return self.layers(features).flatten(1).mean(1)
+
+
+class PictureDiscriminator(nn.Module):
+    """One logit per picture, as DCGAN's discriminator: four convolutions 3x3 of stride 2 with `width`, 2, 4 and 8 times
+    as many channels, leaky ReLU 0.2, dropout of whole channels and (but for the first) BatchNorm; then a linear layer.
+    """
+
+    def __init__(self, channels: int = 1, image_size: int = 16, width: int = 16, dropout: float = 0.25):
+        super().__init__()
+        require(image_size >= 2 and width >= 1, f"pictures need 2 pixels or more and width 1 or more; got {image_size} "
+                f"and {width}")
+        layers: list[nn.Module] = []
+        side = image_size
+        for i, wide in enumerate((width, 2 * width, 4 * width, 8 * width)):
+            layers += [nn.Conv2d(channels, wide, 3, 2, 1), nn.LeakyReLU(0.2), nn.Dropout2d(dropout)]
+            layers += [nn.BatchNorm2d(wide, 0.8)] if i else []
+            channels, side = wide, (side + 1) // 2
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, 1))
+
+    def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
+        return self.layers(image)[:, 0]
+
+
+class LogitDiscriminator(nn.Module):
+    """Whose logits are these? Two logits per row (student, teacher) from the class logits of a model.
+
+    Linear layers of `classes`, classes / 8, classes / 64 and 2 units, ReLU between them (Shen and Savvides 2020: 1000,
+    125, 15, 2, as 1 x 1 convolutions); few classes get 8 and 4 hidden units at least. `last_relu` puts a ReLU after
+    the last layer too, as in the released code: its cross-entropy is then (ln 2) / 2 at least, and it can die.
+    """
+
+    def __init__(self, classes: int, last_relu: bool = False):
+        super().__init__()
+        require(classes >= 2, f"a discriminator of logits needs two classes or more, not {classes}")
+        first, second = max(8, classes // 8), max(4, classes // 64)
+        last = [nn.ReLU()] if last_relu else []
+        self.layers = nn.Sequential(nn.Linear(classes, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(),
+                                    nn.Linear(second, 2), *last)
+
+    def forward(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch 2"]:
+        return self.layers(logits)
 
 
 def head_for(features: Tensor) -> nn.Module:

@@ -13,15 +13,17 @@ kept exactly by the evenly spaced points.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from stillhouse.errors import DataError, RoleError, require
 
@@ -289,3 +291,38 @@ def quantizable(model: nn.Module, which: Literal["all", "weights", "none"] = "al
     require(bool(chosen) or which == "none", f"nothing of {type(model).__name__} is left to quantise: it has "
             f"{len(named)} parameters, keep is {tuple(keep)} and spare_ends {spare_ends}", RoleError)
     return chosen
+
+
+class _Rounded(nn.Module):
+    """A parametrisation: the weight as `straight_through` gives it."""
+
+    def __init__(self, levels: int, bucket: int | None):
+        super().__init__()
+        self.levels, self.bucket = levels, bucket
+
+    def forward(self, w: Tensor) -> Tensor:
+        return straight_through(w, self.levels, self.bucket)
+
+
+@contextlib.contextmanager
+def few_bits(model: nn.Module, bits: int, bucket: int | None = 256,
+             which: Literal["all", "weights", "none"] = "weights") -> Iterator[list[str]]:
+    """Inside, the model computes with weights of 2^bits evenly spaced values, and gradients reach the precise ones; any
+    procedure that trains it then trains a model of few bits. Gives the names of those weights.
+
+    Outside it has its precise weights: `encode` them. Raises what `quantizable` raises.
+    """
+    names = quantizable(model, which)
+    order = {module: list(module._parameters) for module in model.modules()}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        parametrize.register_parametrization(model.get_submodule(owner), leaf, _Rounded(2**bits, bucket))
+    try:
+        yield names
+    finally:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            parametrize.remove_parametrizations(model.get_submodule(owner), leaf, leave_parametrized=False)
+        for module, leaves in order.items():
+            for leaf in leaves:
+                module._parameters[leaf] = module._parameters.pop(leaf)

@@ -23,6 +23,7 @@ from stillhouse.parts.feature_taps import FeatureTap, feature_tap, tapped_width
 from stillhouse.parts.memory import ContrastMemory
 from stillhouse.protocols import AnyImages, Classifier, Encoder
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
+from stillhouse.recipes.views import both_views
 from stillhouse.run import Run, begin, frozen, set_lr
 from stillhouse.run.check import first_batch
 from stillhouse.run.reading import to_device
@@ -123,23 +124,6 @@ def features_of(teacher: Any, student: Any, config: Any) -> Iterator[tuple[Featu
     """The taps of h_T and h_S."""
     with (feature_tap(teacher, config.teacher_feature) as h_t, feature_tap(student, config.student_feature) as h_s):
         yield h_t, h_s
-
-
-def both_views(batch: dict[str, Any], config: Any, view: View | None) -> tuple[Tensor, Tensor]:
-    """What the student and what the teacher is given: one view of both, also where they see two modalities.
-
-    Raises DataError where a view is asked for and the two have different sizes.
-    """
-    x, y = batch["image"], batch[config.teacher_sees]
-    if view is None:
-        return x, y
-    if y is x:
-        x = view(x)
-        return x, x
-    require(x.shape[2:] == y.shape[2:], "one view of two fields needs pictures of one size; got "
-            f"{tuple(x.shape)} and {tuple(y.shape)}; leave the view out", DataError)
-    both = view(torch.cat([x, y], 1))
-    return both[:, : x.shape[1]], both[:, x.shape[1] :]
 
 
 def label_terms(batch: dict[str, Any], logits: Tensor, target: Tensor, config: Any) -> dict[str, Any]:

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stillhouse.errors import require
+from stillhouse.data.modalities import SeenAs
+from stillhouse.errors import RoleError, require
 from stillhouse.measures.divergences import kl
 from stillhouse.protocols import Classifier, Images, LabelledImages
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
+from stillhouse.recipes.views import both_views
 from stillhouse.run import Run, begin, frozen, set_lr
 from stillhouse.run.check import first_batch
+from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 
 
@@ -28,11 +31,14 @@ class Config:
     weight_decay: float = 5e-4  # lambda
     temperature: float = 4.0  # T
     alpha: float = 0.9  # weight of the teacher's term; the labels have 1 - alpha
+    teacher_sees: str = "image"  # batch field that the teacher is given: "image" or "other", a second modality
 
     def __post_init__(self) -> None:
         check_training(self.steps, self.batch, self.lr, self.warmup, self.weight_decay)
         require(0 <= self.alpha <= 1, f"alpha must lie in [0, 1], not {self.alpha}")
         require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}")
+        require(self.teacher_sees in ("image", "other"), f"teacher_sees is 'image' or 'other', not "
+                f"{self.teacher_sees!r}")
 
 
 def distill(
@@ -47,12 +53,13 @@ def distill(
     """L = (1 - alpha) CE(y, z_s) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T)), both on the same view.
 
     With `unlabelled`, the teacher's term is taken on batches of those pictures and the labels' term on batches of
-    `labelled` (needed for alpha < 1 only); a term of weight 0 is not computed.
+    `labelled` (needed for alpha < 1 only); a term of weight 0 is not computed. With `teacher_sees="other"` the teacher
+    sees the second modality of the same scene.
     """
     run = begin(run)
     for given in (labelled, unlabelled):
         if given is not None:
-            run.check(Classifier, given, teacher=teacher, student=student)
+            _check(teacher, student, given, config, run)
     if unlabelled is None or config.alpha < 1:
         first_batch(labelled, ("image", "label"))
     if labelled is None or unlabelled is not None:
@@ -64,14 +71,29 @@ def distill(
         for batch in run.loop("kd", labelled, batch=config.batch, steps=config.steps, student=student,
                               drop_last=len(labelled) >= config.batch, optimizer=optimizer):
             set_lr(optimizer, config.lr * warmup_cosine(run.progress, config.warmup))
-            x = view(batch["image"]) if view else batch["image"]
+            x, y = both_views(batch, config, view)
             with torch.no_grad():
-                target = teacher(x)
+                target = teacher(y)
             logits = student(x)
             ce = F.cross_entropy(logits, batch["label"])
             run.update(optimizer, ce=(1 - config.alpha) * ce,
                        kd=config.alpha * kl(target, logits, config.temperature))
     return student
+
+
+def _check(teacher: Any, student: Any, data: Any, config: Config, run: Run) -> None:
+    """Both models on what they will see, over the same classes."""
+    if config.teacher_sees == "image":
+        run.check(Classifier, data, teacher=teacher, student=student)
+        return
+    run.check(Classifier, data, student=student)
+    seen = SeenAs(data, config.teacher_sees)
+    run.check(Classifier, seen, teacher=teacher)
+    with run.aside("classes", teacher, student):
+        batch = to_device(first_batch(data, ("image", config.teacher_sees)), run.device)
+        classes = teacher(batch[config.teacher_sees]).shape[1], student(batch["image"]).shape[1]
+    require(classes[0] == classes[1], "all must have the same number of classes, but teacher has "
+            f"{classes[0]}, student has {classes[1]}", RoleError)
 
 
 def _apart(teacher: Classifier, student: Classifier, labelled: LabelledImages | None, unlabelled: Images | None,
@@ -89,12 +111,13 @@ def _apart(teacher: Classifier, student: Classifier, labelled: LabelledImages | 
             set_lr(optimizer, config.lr * warmup_cosine(run.progress, config.warmup))
             terms = {}
             for name, batch in batches.items():
-                x = view(batch["image"]) if view else batch["image"]
                 if name == "ce":
+                    x = view(batch["image"]) if view else batch["image"]
                     terms[name] = weights[name] * F.cross_entropy(student(x), batch["label"])
                 else:
+                    x, y = both_views(batch, config, view)
                     with torch.no_grad():
-                        target = teacher(x)
+                        target = teacher(y)
                     terms[name] = weights[name] * kl(target, student(x), config.temperature)
             run.update(optimizer, clip=None, **terms)
     return student

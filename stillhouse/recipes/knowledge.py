@@ -15,7 +15,7 @@ from stillhouse.errors import RoleError, require
 from stillhouse.measures.classes import decoupled_kd, dist
 from stillhouse.measures.divergences import kl
 from stillhouse.measures.feature_maps import attention_transfer, flow_matrix, hint, neuron_selectivity
-from stillhouse.measures.relations import cka, rkd_angle, rkd_distance, similarity_preserving
+from stillhouse.measures.relations import cka, graph_distance, rkd_angle, rkd_distance, similarity_preserving
 from stillhouse.parts.regressors import Regressor
 from stillhouse.parts.stages import feature_map, pooled, stages_of
 from stillhouse.parts.taps import taps
@@ -26,10 +26,10 @@ from stillhouse.run.check import first_batch
 from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 
-Kind = Literal["none", "hint", "attention", "nst", "fsp", "rkd", "sp", "cka", "dkd", "dist"]
+Kind = Literal["none", "hint", "attention", "nst", "fsp", "rkd", "sp", "cka", "irg", "dkd", "dist"]
 KNOWLEDGE: dict[str, str] = {"none": "response", "dkd": "response", "dist": "relation", "hint": "feature",
                              "attention": "feature", "nst": "feature", "fsp": "relation", "rkd": "relation",
-                             "sp": "relation", "cka": "relation"}
+                             "sp": "relation", "cka": "relation", "irg": "relation"}
 """Which kind of knowledge each loss moves, in the survey's words (Gou et al. 2021)."""
 
 
@@ -71,7 +71,8 @@ def distill(
     - "hint": mean squared error of each stage's features after a regressor (FitNets, as one stage of training).
     - "attention", "nst": attention maps and neuron selectivity of each stage; "fsp": flow matrices of neighbours
       among the stages. Widths: the regressor of "fsp" maps the student's channels to the teacher's.
-    - "rkd" (distance + 2 angle), "sp", "cka" (1 - CKA): relations of the deepest stage's features over the batch.
+    - "rkd" (distance + 2 angle), "sp", "cka" (1 - CKA), "irg" (instance graphs): relations of the deepest stage's
+      features over the batch.
     - "dkd", "dist": of the logits. "none": nothing.
     """
     run = begin(run)
@@ -137,6 +138,7 @@ FEATURES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     "rkd": _deepest(lambda t, s: rkd_distance(t, s) + 2 * rkd_angle(t, s)),
     "sp": _deepest(similarity_preserving),
     "cka": _deepest(lambda t, s: 1 - cka(t, s)),
+    "irg": _deepest(graph_distance),
 }
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stillhouse.data.augment import RAND_AUGMENT, affine, cutout, rand_augment, rotation
 from stillhouse.errors import DataError, require
-from stillhouse.run import Run
+from stillhouse.run import Run, processes
 
 
 def random_view(
@@ -201,3 +202,99 @@ def resized_crop(
     zero = torch.zeros_like(area)
     rows = torch.stack([sides[:, 0] * mirrored, zero, centre[:, 0], zero, sides[:, 1], centre[:, 1]], 1)
     return affine(images, rows.view(-1, 2, 3).to(images))
+
+
+def neighbours(x: Float[Tensor, "n ..."], run: Run) -> Float[Tensor, "n ..."]:
+    """Each sample's next one in the whole batch, which a random order makes a random partner."""
+    whole = run.gather(x)
+    if len(whole) == len(x):
+        return x.roll(-1, 0)
+    low, high = processes.bounds(len(whole))
+    return whole.roll(-1, 0)[low:high]
+
+
+def cutmix(
+    images: Float[Tensor, "n channels height width"],
+    run: Run,
+    alpha: float = 1.0,
+    probability: float = 1.0,
+) -> tuple[Float[Tensor, "n channels height width"], Float[Tensor, " n"]]:
+    """A box of each picture is taken from its neighbour in the batch (CutMix, Yun et al. 2019, equations 1 and 2).
+
+    Returned are the pictures and the share of each that is its own; targets are mixed alike, with their `neighbours`:
+    share y + (1 - share) y'. The box has the picture's form, its area is 1 - lambda with lambda ~ Beta(alpha, alpha)
+    before it is cut at the border, its centre is uniform; with 1 - `probability` a picture stays as it is.
+    """
+    require(alpha > 0 and 0 <= probability <= 1, f"alpha must be above 0 and probability in [0, 1]; got {alpha} and "
+            f"{probability}")
+    n, _, height, width = images.shape
+    u = run.rand(n, 4)
+    cut = torch.where(u[:, 3] < probability, (1 - _beta(u[:, 0], alpha)).clamp_min(0).sqrt(), 0.0)
+    inside = torch.ones(n, height, width, dtype=torch.bool, device=u.device)
+    for axis, side, centre in ((1, height, u[:, 1]), (2, width, u[:, 2])):
+        half = (cut * side / 2)[:, None]
+        at = torch.arange(side, device=u.device)
+        middle = (centre * side).floor()[:, None]
+        inside &= ((at >= (middle - half).round()) & (at < (middle + half).round())).unsqueeze(3 - axis)
+    mixed = torch.where(inside[:, None].to(images.device), neighbours(images, run), images)
+    return mixed, 1 - inside.float().mean((1, 2)).to(images)
+
+
+def _beta(u: Tensor, alpha: float) -> Tensor:
+    """Uniform numbers turned into ones that follow Beta(alpha, alpha)."""
+    if alpha == 1:
+        return u
+    from scipy.special import betaincinv
+
+    return torch.from_numpy(betaincinv(alpha, alpha, u.double().cpu().numpy())).to(u)
+
+
+def mixup(
+    images: Float[Tensor, "n channels height width"],
+    run: Run,
+    alpha: float = 0.8,
+) -> tuple[Float[Tensor, "n channels height width"], Float[Tensor, " n"]]:
+    """lambda x + (1 - lambda) x' of each picture and its neighbour in the batch, with one lambda ~ Beta(alpha, alpha) a
+    picture (mixup, Zhang et al. 2018, section 2). Returned are the pictures and lambda, as in `cutmix`."""
+    require(alpha > 0, f"alpha must be above 0, not {alpha}")
+    share = _beta(run.rand(len(images)), alpha).to(images)
+    return _each(share, images) * images + _each(1 - share, images) * neighbours(images, run), share
+
+
+def mixed(
+    images: Float[Tensor, "n channels height width"],
+    label: Int[Tensor, " n"],
+    classes: int,
+    run: Run,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    smoothing: float = 0.0,
+) -> tuple[Float[Tensor, "n channels height width"], Float[Tensor, "n classes"]]:
+    """Pictures under `mixup` or `cutmix` (half of the steps each, if both are above 0; as they are, if none is) and
+    their soft labels share y + (1 - share) y', of which `smoothing` is spread evenly over the classes."""
+    require(min(mixup_alpha, cutmix_alpha) >= 0 and 0 <= smoothing < 1, "mixup and cutmix must be 0 or more and "
+            f"smoothing in [0, 1); got {mixup_alpha}, {cutmix_alpha} and {smoothing}")
+    soft = F.one_hot(label, classes).to(images.dtype)
+    if mixup_alpha or cutmix_alpha:
+        other = neighbours(soft, run)
+        cut = bool(cutmix_alpha) and (not mixup_alpha or run.shared_rand() < 0.5)
+        images, share = cutmix(images, run, cutmix_alpha) if cut else mixup(images, run, mixup_alpha)
+        soft = share[:, None] * soft + (1 - share[:, None]) * other
+    return images, (1 - smoothing) * soft + smoothing / classes
+
+
+def both_views(batch: dict[str, Any], config: Any, view: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """What the student and what the teacher is given: one view of both, also where they see two modalities.
+
+    Raises DataError where a view is asked for and the two have different sizes.
+    """
+    x, y = batch["image"], batch[config.teacher_sees]
+    if view is None:
+        return x, y
+    if y is x:
+        x = view(x)
+        return x, x
+    require(x.shape[2:] == y.shape[2:], "one view of two fields needs pictures of one size; got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}; leave the view out", DataError)
+    both = view(torch.cat([x, y], 1))
+    return both[:, : x.shape[1]], both[:, x.shape[1] :]

@@ -210,7 +210,7 @@ def view_of(target: Any, row: str, about: About) -> View:
     shape = _shape(about, "image")
     module: nn.Module = {"Clustering": _Clusters, "LatentClasses": _Posterior}.get(row, lambda m: m)(target)
     outputs = {"Clustering": ("probabilities",), "LatentClasses": ("domains", "posterior"), "Classifier": ("logits",),
-               "VectorClassifier": ("logits",)}.get(row, ("features",))
+               "VectorClassifier": ("logits",), "LabelAugmented": ("logits",)}.get(row, ("features",))
     return View(module, ("image",), outputs, {"image": {0: "batch"}}, lambda n: (_normal(n, *shape),))
 
 
