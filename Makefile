@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 EXTRAS := hf,diffusion,graph,data,export,api,bench,docs,dev
+# libraries whose numbers the tests compare with; what they need beside is there, but for torchvision
+PEERS := torchdistill pytorch-metric-learning
 
 .PHONY: help venv run test lint types tests vision docs verify tables clean
 
@@ -16,6 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(PEERS)
 	@touch $(READY)
 
 run: $(READY)  ## the main job on the embedded digits, a tour through systems of every family, and a report

@@ -1,11 +1,14 @@
 """The classic measures of distillation: exact checks, and the same numbers as peer libraries where they import."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from stillhouse.errors import DataError
-from stillhouse.measures import classes, divergences, feature_maps, relations
+from stillhouse.measures import classes, contrastive, crd, divergences, feature_maps, relations
 
 torch.manual_seed(0)
 T, S = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
@@ -98,3 +101,22 @@ def test_the_numbers_of_torchdistill():
     kd = peer.KDLoss("f", "output", "f", "output", 4.0, alpha=0.3, beta=0.7, reduction="batchmean")
     wanted = kd({"f": {"output": S}}, {"f": {"output": T}}, targets=Y)
     torch.testing.assert_close(0.3 * F.cross_entropy(S, Y) + 0.7 * divergences.kl(T, S, 4.0), wanted)
+
+
+def test_the_number_of_torchdistill_s_contrastive_distillation():
+    peer = pytest.importorskip("torchdistill.losses.mid_level")
+    positive, negatives = torch.randn(6, dtype=torch.float64), torch.randn(6, 9, dtype=torch.float64)
+    loss = SimpleNamespace(num_samples=40, eps=0.0)
+    e = (torch.cat([positive[:, None], negatives], 1) / 0.07).exp() / 3.0
+    wanted = peer.CRDLoss.compute_contrast_loss(loss, e)
+    torch.testing.assert_close(crd.crd_nce(positive, negatives, 40, math.log(3.0)), wanted[0])
+
+
+def test_the_numbers_of_pytorch_metric_learning():
+    peer = pytest.importorskip("pytorch_metric_learning.losses")
+    a, b = torch.randn(2, 6, 5, dtype=torch.float64)
+    pairs = torch.arange(6).repeat(2)
+    torch.testing.assert_close(contrastive.nt_xent(a, b, 0.2), peer.NTXentLoss(0.2)(torch.cat([a, b]), pairs))
+    label = torch.tensor([0, 0, 1, 1, 1, 2])
+    torch.testing.assert_close(contrastive.supervised_contrastive(a, label, temperature=0.3),
+                               peer.SupConLoss(0.3)(a, label))
