@@ -15,7 +15,7 @@ Teacher = Literal["open", "api", "none"]
 Labels = Literal["none", "few", "all"]
 Architecture = Literal["same", "any"]
 Data = Literal["yes", "none"]
-Need = Literal["clip", "clients", "domains"]
+Need = Literal["clip", "clients", "domains", "long-tail"]
 
 GOALS = {
     "smaller": "a smaller or faster model",
@@ -33,7 +33,7 @@ LABELS = {"none": "no labels", "few": "labels for a few samples", "all": "labels
 ARCHITECTURES = {"same": "the student has the teacher's architecture", "any": "it may have another"}
 DATA = {"yes": "data to train on", "none": "none"}
 NEEDS = {"clip": "a CLIP or SigLIP as teacher, and one as student", "clients": "data that stays with several clients",
-         "domains": "pictures from several sources"}
+         "domains": "pictures from several sources", "long-tail": "classes of very unequal size"}
 
 QUESTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "goal": ("What do you want?", GOALS), "task": ("What is the data?", TASKS),

@@ -101,6 +101,17 @@ def interrupted(run):
     return {"net": resumed["net"], "log": whole["log"]}
 
 
+def token_exits(run):
+    """OFA-KD into a transformer, whose exit branches have no BatchNorm, under mixup and cutmix."""
+    from stillhouse.models.vit import SmallViT
+    from stillhouse.systems.compression import ofa_kd
+
+    given = ofa_kd.tiny()
+    config = ofa_kd.Config(steps=5, batch=6, lr=0.05, mixup=0.8, cutmix=1.0)
+    student = SmallViT(classes=4, image_size=8, width=8, depth=2, heads=2)
+    return ofa_kd.distill(given["teacher"], student, given["labelled"], config, run).state_dict()
+
+
 def system(slug):
     def case(run):
         import importlib

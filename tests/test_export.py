@@ -218,6 +218,12 @@ def made(name):
             codes = {n: encode(p.data, 4, None) for n, p in m.named_parameters() if p.dim() > 1}
             return QuantizedModel(m, codes), about("quantized-distillation", "Classifier", m,
                                                    example={"image": [3, 16, 16]}), None
+        case "LabelAugmented":
+            from stillhouse.models.label_augmented import label_augmented
+
+            m = resolve_model("tiny-convnet:channels_in=3,classes=4")
+            found = label_augmented(m, torch.zeros(1, 3, 8, 8), "rotations", "aggregated").eval()
+            return found, about("sla", "Classifier", m, example={"image": [3, 8, 8], "label": []}), None
         case "VectorClassifier":
             from stillhouse.hub.dual_encoders import VectorClassifier
             from stillhouse.parts.prompts import DeepPrompts
@@ -247,14 +253,15 @@ def saved(name):
 
 ARCH = {"Density": "nets_to_export:points"}
 SAFE = ["Classifier", "vit", "TextClassifier", "CausalLM", "SpeechEncoder", "Pruned", "Denoiser", "Density",
-        "Projected", "VectorClassifier", "QuantizedModel", "ddim", "SamplerLadder", "LatentClasses", "Clustering",
-        "DistilledSet", "GraphSet", "points:count=4", "pictures:count=2,channels=1,size=8", "nerf:count=1,samples=4",
-        "mesh:count=1"]
+        "Projected", "VectorClassifier", "LabelAugmented", "QuantizedModel", "ddim", "SamplerLadder", "LatentClasses",
+        "Clustering", "DistilledSet", "GraphSet", "points:count=4", "pictures:count=2,channels=1,size=8",
+        "nerf:count=1,samples=4", "mesh:count=1"]
 CELLS = [
     *((name, "safetensors") for name in SAFE),
     *((name, "onnx") for name in ("vit", "CausalLM", "Clustering", "LatentClasses", "VectorClassifier", "renoise")),
     *((name, "torch-export") for name in ("Encoder", "TextClassifier", "TextEncoder", "SpeechEncoder", "Pruned",
-                                          "Denoiser", "Density", "Projected", "QuantizedModel", "SamplerLadder")),
+                                          "Denoiser", "Density", "Projected", "LabelAugmented", "QuantizedModel",
+                                          "SamplerLadder")),
     *((name, "hf") for name in ("vit", "Encoder", "TextClassifier", "TextEncoder", "CausalLM", "SpeechEncoder",
                                 "Projected", "QuantizedModel", "DistilledSet", "GraphSet")),
     *((name, "diffusers") for name in ("ddim", "renoise", "SamplerLadder", "conditional", "consistency")),

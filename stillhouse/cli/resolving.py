@@ -43,6 +43,8 @@ def resolve_roles(module: Any, wanted: dict[str, inspect.Parameter], given: dict
     for name, text in sorted(given.items(), key=lambda item: later[item[0]]):
         several, inner = members[name]
         kind = next((k for k in inner if _is_data(k) or k in protocols.PROBES or k == protocols.Network), inner[0])
+        if protocols.CausalLM in inner and any(protocols.TokenPairs in kinds for _, kinds in members.values()):
+            kind = protocols.CausalLM
         if text.partition(":")[0] in ("cache", "api") and protocols.TopKTeacher in inner:
             kind = protocols.TopKTeacher
         texts = re.split(r",(?![a-z_]+=)", text) if several else [text]

@@ -28,6 +28,18 @@ def kmeans(
     return torch.from_numpy(labels).long(), torch.from_numpy(model.cluster_centers_).to(features.dtype)
 
 
+def average_linkage(features: Float[Tensor, "n features"], k: int) -> Int[Tensor, " n"]:
+    """Cluster of every vector: at first each is one, then always the two with the smallest mean distance are joined
+    until `k` are left (scikit-learn). Memory grows with n squared. Raises DataError for fewer vectors than clusters."""
+    from sklearn.cluster import AgglomerativeClustering
+
+    require(1 <= k <= len(features), f"{len(features)} samples cannot make {k} clusters", DataError)
+    if len(features) == 1:
+        return torch.zeros(1, dtype=torch.long)
+    model = AgglomerativeClustering(n_clusters=k, linkage="average")
+    return torch.from_numpy(model.fit_predict(features.detach().flatten(1).double().cpu().numpy())).long()
+
+
 def nearest_centre(features: Float[Tensor, "n features"], centres: Float[Tensor, "k features"]) -> Int[Tensor, " n"]:
     """The centre closest to each vector (Euclidean)."""
     return torch.cdist(features.flatten(1).double(), centres.double()).argmin(1)

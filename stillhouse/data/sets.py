@@ -112,6 +112,14 @@ def concatenate(*sets: Any) -> TensorSet:
     return TensorSet(**joined)
 
 
+def subset(data: Any, indices: Sequence[int] | Tensor) -> Any:
+    """The items of any map-style set at `indices`, in that order; `index` stays the position in the whole set where
+    the items are read one by one."""
+    if hasattr(data, "select"):
+        return data.select(indices)
+    return torch.utils.data.Subset(data, torch.as_tensor(indices).tolist())
+
+
 def as_tensor_set(data: Any) -> TensorSet:
     """Read every item of a map-style set into memory."""
     if isinstance(data, TensorSet):

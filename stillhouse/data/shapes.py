@@ -38,6 +38,7 @@ def shapes(
     hue: float = 0.0,
     noise: float = 0.02,
     turn: float = 20.0,
+    grounds: Float[Tensor, "n 3 size size"] | None = None,
 ) -> TensorSet:
     """`n` pictures of one shape each.
 
@@ -45,7 +46,8 @@ def shapes(
     `scale` (radius as a part of the side), `x`, `y` (centre, in parts of the side) float32 [n]. Factors are drawn
     independently; every shape and colour equally often within one picture. `background` is a dark plain ground, a
     gradient of two colours, or a grating of two colours; `hue` turns all colours about the grey axis (degrees); `turn`
-    is the largest turn of the shape in degrees; `noise` a standard deviation of the pixels in [-1, 1].
+    is the largest turn of the shape in degrees; `noise` a standard deviation of the pixels in [-1, 1]; `grounds`, with
+    values in [0, 1], stand in place of the background.
     The same arguments give the same pictures. Raises UnknownNameError for an unknown shape, colour or background.
     """
     require(n >= 1 and size >= 8, f"shapes needs n >= 1 and size >= 8, got {n} and {size}", DataError)
@@ -66,13 +68,35 @@ def shapes(
 
     ink = torch.tensor([COLOURS[name] for name in colours])[colour] * light
     inside = _coverage([SHAPES.index(name) for name in shapes], shape, radius, centre, angle, size)
-    image = _ground(n, size, background, draw)
+    image = _ground(n, size, background, draw) if grounds is None else grounds
     image = image + inside[:, None] * (ink[:, :, None, None] - image)
     if hue:
         image = torch.einsum("dc,nchw->ndhw", _hue_rotation(hue), image)
     image = (image * 2 - 1 + noise * torch.randn(image.shape, generator=draw)).clamp(-1, 1)
     return TensorSet(image=image, label=shape, shape=shape.clone(), colour=colour, scale=radius,
                      x=centre[:, 0].clone(), y=centre[:, 1].clone())
+
+
+FACTORS = ("shape", "colour", "texture", "position")
+"""Fields of `shape_factors`, each with four values."""
+
+
+def shape_factors(n: int, seed: int = 0, size: int = 16, noise: float = 0.1, turn: float = 10.0) -> TensorSet:
+    """Pictures with four independent labels of four values each (`FACTORS`) and no `label`: one of four shapes in one
+    of four colours, on a grating of two dark greys that runs in one of four directions, in one of four quarters of the
+    picture."""
+    draw = torch.Generator().manual_seed(seed + 1)
+    texture = torch.randint(4, (n,), generator=draw)
+    u = torch.rand(n, 4, generator=draw)
+    angle, cycles, phase = texture * math.pi / 4, 2.5 + 1.5 * u[:, 0], 2 * math.pi * u[:, 1]
+    at = (torch.arange(size) + 0.5) / size - 0.5
+    along = angle.cos()[:, None, None] * at[None, None, :] + angle.sin()[:, None, None] * at[None, :, None]
+    wave = 0.5 + 0.5 * (2 * math.pi * cycles[:, None, None] * along + phase[:, None, None]).sin()
+    dark, light = 0.1 * u[:, 2, None, None], 0.3 + 0.2 * u[:, 3, None, None]
+    grounds = (dark + wave * (light - dark))[:, None].expand(n, 3, size, size)
+    drawn = shapes(n, seed, size, COLOURED, noise=noise, turn=turn, grounds=grounds)
+    position = 2 * (drawn.y > 0.5).long() + (drawn.x > 0.5).long()
+    return drawn.without("label").with_fields(texture=texture, position=position)
 
 
 def captions(data: Any, shapes: Sequence[str] = SHAPES[:4], colours: Sequence[str] = tuple(COLOURS)[:4]) -> list[str]:
@@ -93,6 +117,16 @@ def coloured_shapes(n: int, seed: int = 0, size: int = 32, background: Backgroun
     drawn = shapes(n, seed, size, COLOURED, background=background, hue=hue)
     names = coloured_names()
     return TensorSet(image=drawn.image, label=torch.tensor([names.index(name) for name in captions(drawn, COLOURED)]))
+
+
+def shape_pairs(n: int, seed: int = 0, size: int = 16, shapes_of: Sequence[str] = SHAPES[:4],
+                colours: Sequence[str] = tuple(COLOURS)[:3], background: Background = "gradient", noise: float = 0.1,
+                turn: float = 10.0) -> TensorSet:
+    """Pictures of `shapes` whose `label` is shape and colour together, shape * len(colours) + colour: 12 classes as it
+    stands."""
+    drawn = shapes(n, seed, size, shapes_of, colours, background=background, noise=noise,
+                   turn=turn)
+    return drawn.with_fields(label=drawn.shape * len(colours) + drawn.colour)
 
 
 def grey(images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:

@@ -70,3 +70,24 @@ def long_tailed(data: TensorSet, largest: int, imbalance: float, seed: int = 0) 
 def class_counts(data: object, classes: int | None = None) -> Int[Tensor, " classes"]:
     """How many samples each class has."""
     return torch.bincount(column(data, "label"), minlength=classes or 0)
+
+
+def degraded(data: TensorSet, share: float, noise: float = 0.5, erased: float = 0.5, seed: int = 0) -> TensorSet:
+    """The same set with a `share` of its pictures made hard to read, exactly round(share n), told by the field
+    `degraded`: a box of `erased` times each side set to the picture's lowest value, at a random place, and Gaussian
+    noise of standard deviation `noise` on all pixels. The same arguments give the same pictures."""
+    require(0 <= share <= 1 and noise >= 0 and 0 <= erased <= 1, "share and erased must lie in [0, 1] and noise must "
+            f"not be negative; got {share}, {erased} and {noise}", DataError)
+    generator = torch.Generator().manual_seed(seed)
+    n, _, height, width = data.image.shape
+    hard = torch.zeros(n, dtype=torch.bool)
+    hard[torch.randperm(n, generator=generator)[: round(share * n)]] = True
+    box = [round(erased * side) for side in (height, width)]
+    corner = [torch.randint(side - part + 1, (n, 1), generator=generator)
+              for side, part in zip((height, width), box, strict=True)]
+    rows, columns = ((torch.arange(side) >= at) & (torch.arange(side) < at + part)
+                     for side, at, part in zip((height, width), corner, box, strict=True))
+    hidden = (rows[:, :, None] & columns[:, None, :])[:, None]
+    image = torch.where(hidden, data.image.amin((1, 2, 3), keepdim=True), data.image)
+    image = image + noise * torch.randn(image.shape, generator=generator)
+    return data.with_fields(image=torch.where(hard[:, None, None, None], image, data.image), degraded=hard)

@@ -16,7 +16,7 @@ import stillhouse
 from stillhouse import catalog
 from stillhouse.diffusion.denoise import NetworkDenoiser
 from stillhouse.errors import DamagedFileError, StillError, StoreError, require
-from stillhouse.hub.architectures import TARGET, describe
+from stillhouse.hub.architectures import TARGET, describe, remembered
 from stillhouse.hub.models import builder, fit_role, load_weights, resolve_model
 from stillhouse.hub.refusals import read_json
 from stillhouse.parts.ensembles import FILE as ENSEMBLE
@@ -107,6 +107,8 @@ def save(target: Any, folder: Path | str, about: About, tokenizer: Any = None) -
     else:
         save_tree(folder / WEIGHTS, dict(target.state_dict()))
     about.target = type(target).__name__
+    if isinstance(target, nn.Module) and remembered(target):
+        about.network = describe(target)
     settings = getattr(target, "generation_config", None)
     if settings is not None:
         write_text(folder / GENERATION, settings.to_json_string(use_diff=False))

@@ -69,6 +69,29 @@ def counted(model: nn.Module) -> Iterator[Calls]:
         handle.remove()
 
 
+@dataclass
+class Saved:
+    """What a forward pass keeps for the backward pass, in bytes; storages that are shared count once."""
+
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def saved_bytes() -> Iterator[Saved]:
+    """Count what autograd keeps in the meantime for a backward pass, weights and inputs included."""
+    saved, seen = Saved(), set()
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            saved.bytes += storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield saved
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,17 @@ def linear_probe(
 
     model = LogisticRegression(C=strength, max_iter=iterations)
     return _probe(model, features, labels, test_features, test_labels)
+
+
+def probe_tasks(
+    features: Float[Tensor, "n features"],
+    test_features: Float[Tensor, "m features"],
+    labels: Mapping[str, Int[Tensor, " n"]],
+    test_labels: Mapping[str, Int[Tensor, " m"]],
+    strength: float = 1.0,
+) -> dict[str, float]:
+    """The `linear_probe` of the same features on several tasks, by the tasks' names."""
+    return {task: linear_probe(features, labels[task], test_features, test_labels[task], strength) for task in labels}
 
 
 def knn_probe(

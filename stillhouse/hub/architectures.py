@@ -17,6 +17,7 @@ from torch import nn
 
 from stillhouse.diffusion.denoise import NetworkDenoiser
 from stillhouse.errors import ConfigError, DamagedFileError, MissingExtraError, StillError, require
+from stillhouse.parts.experts import Experts
 
 TARGET = "target.json"
 """The file beside saved weights that says what they are."""
@@ -33,6 +34,19 @@ _ORIGINS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 def remember(made: Any, text: str) -> Any:
     """Note the words from which a network, or a factory of them, was made; `made` is returned."""
     _ORIGINS[made] = text
+    return made
+
+
+def remembered(made: Any) -> bool:
+    """Whether the words from which it was made are known."""
+    return made in _ORIGINS
+
+
+def built_by(factory: Callable[[], nn.Module]) -> nn.Module:
+    """What a factory makes, with the words that the factory is known by."""
+    made = factory()
+    if remembered(factory) and not remembered(made):
+        remember(made, _ORIGINS[factory])
     return made
 
 
@@ -55,6 +69,9 @@ def _described(model: nn.Module) -> dict[str, Any] | None:
     if isinstance(model, NetworkDenoiser):
         inner = describe(model.network)
         return inner and {"denoiser": model.spec(), "network": inner}
+    if isinstance(model, Experts):
+        inner = describe(model.network)
+        return inner and {"experts": model.spec(), "network": inner}
     library = {c.__name__: c.__module__.partition(".")[0] for c in type(model).__mro__}
     if library.get("PreTrainedModel") == "transformers":
         hf: Any = model
@@ -94,6 +111,8 @@ def rebuild(description: Any, build: Callable[[str], nn.Module]) -> nn.Module:
             return build(str(description["text"]))
         if "adapter" in description:
             return adapter(str(description["adapter"])).from_spec(description["spec"])
+        if "experts" in description:
+            return Experts.from_spec(rebuild(description["network"], build), description["experts"])
         if "denoiser" in description:
             return NetworkDenoiser.from_spec(rebuild(description["network"], build), description["denoiser"])
         kind = library_class("transformers", str(description["transformers"]), "PreTrainedModel")

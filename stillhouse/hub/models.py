@@ -21,7 +21,11 @@ from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import ConfigError, DamagedFileError, RoleError, UnknownNameError, require
 from stillhouse.hub.architectures import TARGET, rebuild, refuse_words, remember
 from stillhouse.hub.refusals import PICKLE, looks_foreign, read_json
-from stillhouse.models import convnets, flows, gnn, language, vit
+from stillhouse.models import convnets, flows, gnn, language, recurrent, stage_net, vit
+from stillhouse.parts.ensembles import FILE as ENSEMBLE
+from stillhouse.parts.ensembles import Ensemble
+from stillhouse.parts.experts import FILE as EXPERTS
+from stillhouse.parts.experts import Experts
 from stillhouse.parts.packed import LAYOUT as QUANTIZED
 from stillhouse.parts.packed import QuantizedModel
 from stillhouse.parts.surgeon import FILE as PRUNED
@@ -43,8 +47,10 @@ EMBEDDED: dict[str, Callable[..., nn.Module]] = {
     "convnet": convnets.ConvNet, "tiny-convnet": convnets.TinyConvNet, "resnet": convnets.SmallResNet,
     "vgg": convnets.SmallVGG, "alexnet": convnets.SmallAlexNet, "lenet": convnets.LeNet, "mlp": convnets.MLP,
     "conv-encoder": convnets.ConvEncoder, "vit": vit.SmallViT, "mixer": vit.SmallMixer, "gnn": gnn.GNN,
+    "stage-net": stage_net.StageNet,
     "point-flow": flows.point_flow, "picture-flow": _picture_flow,
     "gpt2": language.gpt2, "opt": language.opt, "llama": language.llama,
+    "lstm": recurrent.LSTMLanguageModel,
 }
 """Embedded networks by name; they come with freshly drawn weights."""
 
@@ -288,8 +294,12 @@ def _with_weights(path: Path, arch: str | None, zoo: Mapping[str, Callable[..., 
     if (path.parent / "sampler.json").is_file():
         made: Any = build()
         return FewStepSampler.load(path.parent, made.network if isinstance(made, NetworkDenoiser) else made).denoiser
+    if (path.parent / ENSEMBLE).is_file():
+        return Ensemble.load(path.parent, build)
     if (path.parent / QUANTIZED).is_file():
         return QuantizedModel.load(path.parent, build()).model
+    if (path.parent / EXPERTS).is_file():
+        return Experts.load(path.parent, build())
     return load_weights(build(), path)
 
 

@@ -24,6 +24,9 @@ from stillhouse.hub.refusals import CODE, PICKLE, check_whole, only_pickles
 OPTIONS = {"classifier": ("num_labels",), "text classifier": ("num_labels", "pooling"), "text encoder": ("pooling",)}
 """What may follow the name of a model beside `fresh`, by the kind of model."""
 
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Parts of dual encoders that read pictures and have no form that classifies."""
+
 
 class ImageModel(nn.Module):
     """A vision model of `transformers` on pictures in [-1, 1]: class logits, or features where it has no classes.
@@ -268,7 +271,8 @@ def _maker(hf: Any, config: Any, kind: Any, name: str) -> tuple[str, Any]:
         return "text classifier", hf.AutoModelForSequenceClassification
     require(wanted in ("Classifier", "Encoder"), "hf:… gives models of pictures, of text and of speech; this role "
             f"needs a {wanted}, which diffusers:FOLDER or module:callable may give", RoleError)
-    require(pictures, f"{what} is no model of pictures, which this role needs", RoleError)
+    tower = wanted == "Encoder" and config.model_type in TOWERS
+    require(pictures or tower, f"{what} is no model of pictures, which this role needs", RoleError)
     if wanted == "Encoder":
         trained = any("ForImageClassification" in c for c in classes)
         return "encoder", hf.AutoModelForImageClassification if trained else hf.AutoModel

@@ -77,7 +77,8 @@ class SmallViT(nn.Module):
     """A vision transformer (Dosovitskiy et al. 2021) with the module names of timm.
 
     `tokens(image)` gives all tokens after the last norm, the class token first; `num_prefix_tokens` is 1 with a class
-    token and 0 without, where the features are the mean of the tokens.
+    token and 0 without, where the features are the mean of the tokens. With `classes` 0 it has no head and returns
+    its features.
     """
 
     def __init__(self, channels_in: int = 1, classes: int = 10, image_size: int = 16, patch: int = 4, width: int = 32,
@@ -90,7 +91,7 @@ class SmallViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2 + int(class_token), width))
         self.blocks = nn.Sequential(*(Block(width, heads, int(mlp_ratio * width)) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes) if classes else nn.Identity()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)

@@ -51,10 +51,13 @@ class ConvHead(nn.Module):
 
 class PictureDiscriminator(nn.Module):
     """One logit per picture, as DCGAN's discriminator: four convolutions 3x3 of stride 2 with `width`, 2, 4 and 8 times
-    as many channels, leaky ReLU 0.2, dropout of whole channels and (but for the first) BatchNorm; then a linear layer.
-    """
+    as many channels, leaky ReLU 0.2 and dropout of whole channels; then a linear layer.
 
-    def __init__(self, channels: int = 1, image_size: int = 16, width: int = 16, dropout: float = 0.25):
+    The second and third have a BatchNorm with `eps`. One right before the linear layer, as in much code, would give
+    every batch the same mean logit where it has a single place, so that real and generated ones look alike."""
+
+    def __init__(self, channels: int = 1, image_size: int = 16, width: int = 16, dropout: float = 0.25,
+                 eps: float = 0.8):
         super().__init__()
         require(image_size >= 2 and width >= 1, f"pictures need 2 pixels or more and width 1 or more; got {image_size} "
                 f"and {width}")
@@ -62,7 +65,7 @@ class PictureDiscriminator(nn.Module):
         side = image_size
         for i, wide in enumerate((width, 2 * width, 4 * width, 8 * width)):
             layers += [nn.Conv2d(channels, wide, 3, 2, 1), nn.LeakyReLU(0.2), nn.Dropout2d(dropout)]
-            layers += [nn.BatchNorm2d(wide, 0.8)] if i else []
+            layers += [nn.BatchNorm2d(wide, eps)] if i in (1, 2) else []
             channels, side = wide, (side + 1) // 2
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, 1))
 

@@ -16,6 +16,7 @@ from stillhouse.measures.classes import decoupled_kd, dist
 from stillhouse.measures.divergences import kl
 from stillhouse.measures.feature_maps import attention_transfer, flow_matrix, hint, neuron_selectivity
 from stillhouse.measures.relations import cka, graph_distance, rkd_angle, rkd_distance, similarity_preserving
+from stillhouse.measures.zero_cost import channel_correlation
 from stillhouse.parts.regressors import Regressor
 from stillhouse.parts.stages import feature_map, pooled, stages_of
 from stillhouse.parts.taps import taps
@@ -26,10 +27,11 @@ from stillhouse.run.check import first_batch
 from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 
-Kind = Literal["none", "hint", "attention", "nst", "fsp", "rkd", "sp", "cka", "irg", "dkd", "dist"]
+Kind = Literal["none", "hint", "attention", "nst", "fsp", "rkd", "sp", "cka", "irg", "ickd", "sp+ickd", "dkd", "dist"]
 KNOWLEDGE: dict[str, str] = {"none": "response", "dkd": "response", "dist": "relation", "hint": "feature",
                              "attention": "feature", "nst": "feature", "fsp": "relation", "rkd": "relation",
-                             "sp": "relation", "cka": "relation", "irg": "relation"}
+                             "sp": "relation", "cka": "relation", "irg": "relation",
+                             "ickd": "relation", "sp+ickd": "relation"}
 """Which kind of knowledge each loss moves, in the survey's words (Gou et al. 2021)."""
 
 
@@ -72,7 +74,7 @@ def distill(
     - "attention", "nst": attention maps and neuron selectivity of each stage; "fsp": flow matrices of neighbours
       among the stages. Widths: the regressor of "fsp" maps the student's channels to the teacher's.
     - "rkd" (distance + 2 angle), "sp", "cka" (1 - CKA), "irg" (instance graphs): relations of the deepest stage's
-      features over the batch.
+      features over the batch. "ickd": correlations of its channels; "sp+ickd": both, as DisWOT's distillers.
     - "dkd", "dist": of the logits. "none": nothing.
     """
     run = begin(run)
@@ -139,7 +141,14 @@ FEATURES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     "sp": _deepest(similarity_preserving),
     "cka": _deepest(lambda t, s: 1 - cka(t, s)),
     "irg": _deepest(graph_distance),
+    "ickd": lambda ts, fs: channel_correlation(feature_map(ts[-1]), feature_map(fs[-1])),
+    "sp+ickd": lambda ts, fs: (similarity_preserving(pooled(ts[-1]), pooled(fs[-1]))
+                               + channel_correlation(feature_map(ts[-1]), feature_map(fs[-1]))),
 }
+
+
+REGRESSED = ("hint", "fsp", "ickd", "sp+ickd")
+"""Kinds that compare channels, through a regressor from the student's to the teacher's."""
 
 
 def _paired(teacher: nn.Module, student: nn.Module, example: Tensor, config: Config
@@ -157,6 +166,6 @@ def _paired(teacher: nn.Module, student: nn.Module, example: Tensor, config: Con
             "teacher_taps and student_taps (`still taps MODEL` lists what can be read)", RoleError)
     ts, fs = ((list(found[who].items()))[-count:] for who in ("teacher", "student"))
     regressors = nn.ModuleList()
-    if config.kind in ("hint", "fsp"):
+    if config.kind in REGRESSED:
         regressors.extend(Regressor(s, t, resize=config.kind == "hint") for (_, t), (_, s) in zip(ts, fs, strict=True))
     return [path for path, _ in ts], [path for path, _ in fs], regressors

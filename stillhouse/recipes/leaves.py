@@ -11,6 +11,7 @@ from torch import nn
 
 from stillhouse.data.sets import fetch
 from stillhouse.errors import RoleError, UnknownNameError, require
+from stillhouse.hub.architectures import built_by
 from stillhouse.parts.ensembles import Ensemble
 from stillhouse.parts.packed import QuantizedModel
 from stillhouse.parts.quantizers import encode, few_bits
@@ -151,7 +152,7 @@ def _searched(roles: Roles, s: Settings, run: Run) -> nn.Module:
     batch = to_device(fetch(roles["labelled"], range(min(s.batch, len(roles["labelled"])))), run.device)
     best, scores = architecture_choice.choose(roles["teacher"], roles["candidates"], batch["image"], run.seed)
     run.say(f"candidate {best} is chosen; scores {[round(v, 5) for v in scores.tolist()]}")
-    return _response({**roles, "student": roles["candidates"][best]().to(run.device)}, s, run)
+    return _response({**roles, "student": built_by(roles["candidates"][best]).to(run.device)}, s, run)
 
 
 _KD = ("labels", "probabilities")
@@ -162,19 +163,19 @@ LEAVES: dict[str, Leaf] = {
     "response": Leaf("softened probabilities", "Hinton et al. 2015", ("response",), "offline", ("labels", "answers"),
                      4 / 3, _response),
     "hint": Leaf("features of every stage through a regressor", "Romero et al. 2015", ("feature", "response"),
-                 "offline", _FEATURES, 1.5, _matched("hint", 1.0)),
+                 "offline", _FEATURES, 1.5, _matched("hint", 0.1)),
     "attention": Leaf("attention maps of every stage", "Zagoruyko and Komodakis 2017", ("feature", "response"),
                       "offline", _FEATURES, 1.4, _matched("attention", 30.0), ("attention",)),
     "nst": Leaf("what each channel is selective for", "Huang and Wang 2017", ("feature", "response"), "offline",
-                _FEATURES, 1.5, _matched("nst", 3.0)),
+                _FEATURES, 1.5, _matched("nst", 30.0)),
     "fsp": Leaf("the flow between two stages", "Yim et al. 2017", ("relation", "response"), "offline", _FEATURES, 1.5,
-                _matched("fsp", 1.0)),
+                _matched("fsp", 10.0)),
     "rkd": Leaf("distances and angles among samples", "Park et al. 2019", ("relation", "response"), "offline",
                 _FEATURES, 1.4, _matched("rkd", 10.0)),
     "sp": Leaf("similarities among samples", "Tung and Mori 2019", ("relation", "response"), "offline", _FEATURES, 1.4,
                _matched("sp", 300.0)),
     "graph": Leaf("the graph of a batch's samples", "Liu et al. 2019", ("relation", "response"), "offline", _FEATURES,
-                  1.4, _matched("irg", 0.3), ("graph",)),
+                  1.4, _matched("irg", 0.03), ("graph",)),
     "mutual": Leaf("two networks that teach each other", "Zhang et al. 2018", ("response",), "online",
                    ("labels", "factory"), 2.0, _mutual),
     "exits": Leaf("inner exits that learn from the last one", "Zhang et al. 2019", ("response", "feature"), "self",

@@ -116,12 +116,12 @@ def learn_together(networks: Sequence[nn.Module], labelled: Any, objective: Obje
             if config.update == "together":
                 everything |= terms
                 continue
-            run.update(optimizer, **terms)
+            run.update(optimizer, clip=None, **terms)
             if k + 1 < len(networks):
                 with torch.no_grad():
                     answers[k] = networks[k](x)
         if everything:
-            run.update(optimizers, **everything)
+            run.update(optimizers, clip=None, **everything)
 
 
 def best_of(logits: Float[Tensor, "networks batch classes"], label: Int[Tensor, " batch"]

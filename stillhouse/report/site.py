@@ -59,6 +59,8 @@ def on_files(files: Any, config: Any) -> Any:
     files.append(File.generated(config, "systems/index.md", content=systems_page()))
     files.append(File.generated(config, "systems/map.md", content=map_page()))
     files.append(File.generated(config, "systems/comparisons.md", content=comparisons_page()))
+    for path in sorted((catalog.results_folder() / "comparisons").glob("*/trade.png")):
+        files.append(File.generated(config, f"systems/comparison-{path.parent.name}.png", abs_src_path=str(path)))
     for system in catalog.systems().values():
         if system.built:
             files.append(File.generated(config, f"systems/{system.slug}.md", content=system_page(system)))
@@ -147,7 +149,11 @@ def comparisons_page() -> str:
                  "</figure>" for metric, chart in charts_of(found["arms"]).items()]
         built = {s.slug for s in catalog.systems().values() if s.built}
         entrants = [f"[{arm}]({arm}.md)" if arm in built else arm for arm in found["arms"]]
-        parts += [f"## {found['title']}", f"{found['sentence']} Seeds {', '.join(map(str, found['seeds']))}.",
+        trade = [] if not (path.parent / "trade.png").is_file() else [
+            f"![accuracy against parameters and training time](comparison-{path.parent.name}.png)"]
+        student = f" Figures of the student with {found['student']}." if "student" in found else ""
+        parts += [f"## {found['title']}",
+                  f"{found['sentence']} Seeds {', '.join(map(str, found['seeds']))}.{student}", *trade,
                   f"From the best by {next(iter(found['better']))}: {', '.join(entrants)}.",
                   '<div class="figures" markdown="0">\n' + "\n".join(drawn) + "\n</div>"]
     return "\n\n".join(parts) + "\n"
