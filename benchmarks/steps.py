@@ -28,6 +28,7 @@ from stillhouse.recipes import kd, simclr
 from stillhouse.run import Run
 from stillhouse.run.reading import Order
 from stillhouse.run.schedules import cosine, warmup_cosine
+from stillhouse.systems.compression import bd_kd, meal_v2
 from stillhouse.systems.diffusion import dmd2
 from stillhouse.systems.language import distillm
 
@@ -234,9 +235,70 @@ def generators(steps: int, small: bool = False) -> Pair:
                 "systems.diffusion.dmd2, MLPs of width 512, an update of generator and fake score on 512 points a step")
 
 
+def ensemble(steps: int, small: bool = False) -> Pair:
+    """`meal-v2` without its game: the mean probabilities of two ConvNets of width 64 for one of width 32."""
+    torch.manual_seed(0)
+    n, batch, width = (16, 8, 4) if small else (1024, 64, 32)
+    x = torch.randn(n, 3, 32, 32)
+    teachers = [ConvNet(3, 10, 2 * width).eval().requires_grad_(False) for _ in range(2)]
+    student = ConvNet(3, 10, width)
+    ours = copy.deepcopy(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+    config = meal_v2.Config(steps=steps, batch=batch, adversarial=0.0, crop=1.0, flip=False, drop=1.0)
+
+    def bare(k: int, chosen: list[int]) -> None:
+        image = x[chosen]
+        with torch.inference_mode():
+            target = torch.stack([teacher(image).softmax(1) for teacher in teachers]).mean(0)
+        loss = -(target.clone() * student(image).log_softmax(1)).sum(1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Pair(lambda run: meal_v2.distill(teachers, ours, TensorSet(image=x), config=config, run=run), bare,
+                (ours, student), "distil", (n, batch),
+                "systems.compression.meal_v2 without the game, two ConvNets of width 64 and one of 32, 64 pictures of "
+                "32x32 a step")
+
+
+def together(steps: int, small: bool = False) -> Pair:
+    """`bd-kd`: ConvNets of width 32 and 64 that learn from each other, 64 pictures of 32x32 a step."""
+    torch.manual_seed(0)
+    n, batch, width = (16, 8, 4) if small else (1024, 64, 32)
+    x, y = torch.randn(n, 3, 32, 32), torch.arange(n) % 10
+    student, large = ConvNet(3, 10, width), ConvNet(3, 10, 2 * width)
+    ours, ours_large = copy.deepcopy(student), copy.deepcopy(large)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for m in (student, large)]
+    config = bd_kd.Config(steps=steps, batch=batch, lr=0.1, temperature=4.0)
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() * (log_p - log_q)).sum(1)
+
+    def bare(k: int, chosen: list[int]) -> None:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * warmup_cosine(k / steps, config.warmup)
+        image, label = x[chosen], y[chosen]
+        z_s, z_t = student(image), large(image)
+        log_s, log_t = (z.div(4).log_softmax(1) for z in (z_s, z_t))
+        fixed_s, fixed_t = log_s.detach(), log_t.detach()
+        flatter = -(fixed_t.exp() * fixed_t).sum(1) > -(fixed_s.exp() * fixed_s).sum(1)
+        w, v = torch.where(flatter, 2.0, 1.0), torch.where(flatter, 1.0, 2.0)
+        balanced = 16 * (w * kl(fixed_t, log_s) + v * kl(log_s, fixed_t)).mean()
+        loss = F.cross_entropy(z_s, label) + balanced + F.cross_entropy(z_t, label) + 16 * kl(fixed_s, log_t).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    data = TensorSet(image=x, label=y)
+    return Pair(lambda run: bd_kd.distill(ours, lambda: ours_large, data, config, run), bare, (ours, student), "bd-kd",
+                (n, batch), "systems.compression.bd_kd, ConvNets of width 32 and 64, 64 pictures of 32x32 a step")
+
+
 PAIRS: dict[str, Callable[..., Pair]] = {
-    "kd": distillation, "simclr": contrast, "distillm": words_language, "distillm on the toy grammar": toy_language,
-    "dmd2": generators}
+    "kd": distillation, "simclr": contrast, "meal-v2": ensemble, "bd-kd": together, "distillm": words_language,
+    "distillm on the toy grammar": toy_language, "dmd2": generators}
 
 
 class Recording(Alternating):

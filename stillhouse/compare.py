@@ -114,29 +114,41 @@ def draw(comparison: dict[str, Any]) -> Any:
 
 def draw_trade(comparison: dict[str, Any]) -> Any:
     """A matplotlib figure of a comparison with students of several sizes: the first metric against the parameters of
-    the result, a line an arm, and against the seconds of training, a point an arm for each size."""
+    the result, a line an arm, and against the seconds of training with the student that ranks."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     headline, direction = next(iter(comparison["better"].items()))
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    lines = _lines(comparison, headline)
-    free = {arm for arm in comparison["arms"] if max(x for x, _, _ in lines[arm]["training seconds"]) < 0.1}
-    colours = _colours([arm for arm in lines if arm not in free])
-    for arm, of_metric in lines.items():
+    taught = [arm for arm, values in comparison["arms"].items() if _mean(values["training seconds"]) > 0.1]
+    colours = _colours(taught)
+    for arm in comparison["arms"]:
+        sizes = [found[arm] for found in comparison["students"].values()]
+        if arm not in taught:
+            for axis in axes:
+                axis.axhline(_mean(sizes[0][headline]), color="#8a9099", linestyle=":", label=arm)
+            continue
         given = arm in comparison["baselines"]
-        for axis, metric in zip(axes, ("parameters", "training seconds"), strict=True):
-            if arm in free:
-                axis.axhline(of_metric[metric][0][1], color="#8a9099", linestyle=":", label=arm)
-                continue
-            xs, means, halves = zip(*of_metric[metric], strict=True)
-            axis.errorbar(xs, means, yerr=halves, fmt="s--" if given else "o-", color="#555b66" if given else
-                          colours[arm], markersize=5, linewidth=1.6 if given else 1.1, elinewidth=0.6,
-                          markerfacecolor="white" if arm == "student alone" else None, label=arm)
-    for axis, metric in zip(axes, ("parameters", "training seconds"), strict=True):
+        look: dict[str, Any] = {"color": "#555b66" if given else colours[arm], "markersize": 5, "elinewidth": 0.6,
+                                "markerfacecolor": "white" if arm == "student alone" else None}
+        spreads = [interval([v for v in s[headline] if v is not None]) for s in sizes]
+        axes[0].errorbar([_mean(s["parameters"]) for s in sizes], [m for m, _, _ in spreads],
+                         yerr=[(high - low) / 2 for _, low, high in spreads], fmt="s--" if given else "o-", label=arm,
+                         **look)
+        ranking = comparison["arms"][arm]
+        mean, low, high = interval([v for v in ranking[headline] if v is not None])
+        seconds = _mean(ranking["training seconds"])
+        axes[1].errorbar([seconds], [mean], yerr=[(high - low) / 2], fmt="s" if given else "o", **look)
+        axes[1].annotate(arm, (seconds, mean), xytext=(6, 3), textcoords="offset points", fontsize=8)
+    for axis, label in zip(axes, ("parameters of the result", f"training seconds on one core, {comparison['student']}"),
+                           strict=True):
         axis.set_xscale("log")
-        axis.set_xlabel(f"{metric} of the result" if metric == "parameters" else f"{metric} on one core")
-        axis.grid(alpha=0.3, which="both")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{headline} ({direction} is better), mean and 95% interval of {len(comparison['seeds'])} seeds")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9)
@@ -144,19 +156,9 @@ def draw_trade(comparison: dict[str, Any]) -> Any:
     return figure
 
 
-def _lines(comparison: dict[str, Any], headline: str) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
-    """Of every arm: (x, mean of the headline, half its interval) for each student, by what x is."""
-    found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
-    for arm in comparison["arms"]:
-        found[arm] = {"parameters": [], "training seconds": []}
-        for of_student in comparison["students"].values():
-            values = of_student[arm]
-            mean, low, high = interval([v for v in values[headline] if v is not None])
-            for metric, points in found[arm].items():
-                seen = [v for v in values[metric] if v is not None]
-                half = (high - low) / 2 if len(seen) > 1 else 0.0
-                points.append((sum(seen) / max(1, len(seen)), mean, half))
-    return found
+def _mean(values: Sequence[float | None]) -> float:
+    seen = [v for v in values if v is not None]
+    return sum(seen) / max(1, len(seen))
 
 
 def _colours(arms: list[str]) -> dict[str, Any]:

@@ -93,6 +93,40 @@ def test_the_command_prints_a_table_and_writes_a_picture_that_the_report_shows(s
     assert "Eight pictures." in page and page.count('class="dots"') >= 2
 
 
+def test_students_of_several_sizes_make_a_trade_off(small, tmp_path, monkeypatch):
+    def roles(run, hidden=8):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 3))
+        image = torch.randn(16, 1, 8, 8)
+        return {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "student": net,
+                "data": TensorSet(image=image), "labelled": TensorSet(image=image, label=torch.arange(16) % 3)}
+
+    def measure(target, run):
+        return {"size": 1.0 / len(target), "parameters": float(sum(p.numel() for p in target.parameters()))}
+
+    place = dataclasses.replace(small, roles=roles, measure=measure, main="big",
+                                students={"tiny": {"hidden": 2}, "big": {"hidden": 8}},
+                                better={"size": "lower", "training seconds": "lower", "parameters": "lower"})
+    monkeypatch.setitem(grounds.GROUNDS, "digits", place)
+
+    def here(jobs, workers, module):
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            job.outcome.write_text(json.dumps(
+                compare.run_entrant(job.slug, job.words[1], job.seed, job.folder, job.words[3])))
+
+    monkeypatch.setattr(compare, "work", here)
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    found = compare.compare(["ssld"], [0, 1])
+    assert list(found["students"]) == ["tiny", "big"] and found["student"] == "big"
+    assert found["arms"] == found["students"]["big"]
+    assert found["students"]["tiny"]["ssld"]["parameters"] == [139.0, 139.0]
+    assert found["arms"]["ssld"]["parameters"] == [547.0, 547.0]
+    picture = compare.write(found, tmp_path / "out")
+    assert picture.name == "trade.png" and (tmp_path / "out" / "comparison.png").exists()
+    lines = compare.draw_trade(found).axes[0].get_lines()
+    assert any(len(line.get_xdata()) == 2 for line in lines)
+
+
 def test_systems_without_a_common_ground_are_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"share no ground.*ssld on digits; dmd2 on gauss2d"):
         compare.common_ground(["ssld", "dmd2"])

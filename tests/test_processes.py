@@ -9,6 +9,7 @@ HARNESS = Path(__file__).with_name("harness_processes.py")
 CASES = ["mean_loss", "contrastive", "token_mean", "decisions", "interrupted"]
 SYSTEMS = ["system:ssld", "system:dmd2", "system:mtt", "system:lls-ddfa", "system:quantized-distillation",
            "system:wcord", "system:prolificdreamer-vsd", "system:scan", "system:meal-v2",
+           "system:distillweighted",
            "system:msdcrd", "system:sla", "system:bd-kd", "system:rad", "system:kd-data-pruning",
            "system:nonresidual-kd", "token_exits",
            "system:fantastic-gains", "system:unic"]

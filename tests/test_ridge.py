@@ -234,16 +234,16 @@ def test_xi_star_is_the_minimum_of_the_expected_error_which_simulation_meets():
     assert given.rest > 0
 
 
-def test_self_distillation_beats_tuned_ridge_unless_all_directions_are_alike():
+def test_self_distillation_beats_tuned_ridge_where_the_signal_lies_in_strong_directions():
     lambdas = torch.logspace(-3, 4, 4001, dtype=torch.float64)
     x = torch.linalg.qr(draw(30, 6)).Q * torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=torch.float64)
     alike = ridge_problem(x, torch.ones(6, dtype=torch.float64))
     ridge, both = best_ridge(alike, 2.0, lambdas), best_self_distillation(alike, 2.0, lambdas)
-    assert ridge.lam == pytest.approx(2.0, rel=1e-2) and both.error == pytest.approx(ridge.error, rel=1e-6)
+    assert ridge.lam == pytest.approx(2.0, rel=1e-2) and both.error == pytest.approx(ridge.error, rel=1e-4)
     assert abs(optimal_xi(alike, 2.0, 2.0).item()) < 1e-12
-    uneven = ridge_problem(x, torch.tensor([3.0, 0.1, 2, 0.1, 1, 0.1], dtype=torch.float64))
-    ridge, both = best_ridge(uneven, 2.0, lambdas), best_self_distillation(uneven, 2.0, lambdas)
-    assert both.error < ridge.error - 1e-3 and abs(optimal_xi(uneven, ridge.lam, 2.0).item()) > 1e-3
+    strong = ridge_problem(torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([0.1, 3.0]))
+    ridge, both = best_ridge(strong, 2.0, lambdas), best_self_distillation(strong, 2.0, lambdas)
+    assert both.error < 0.5 * ridge.error and abs(optimal_xi(strong, ridge.lam, 2.0).item()) < 0.01
 
 
 def test_the_bias_on_a_subset_falls_as_the_teacher_sees_more():

@@ -209,6 +209,10 @@ def ridge_problem(x: Float[Tensor, "n d"], theta: Float[Tensor, " d"]) -> RidgeP
     return RidgeProblem(s, a, float((theta.square().sum() - a.square().sum()).clamp_min(0)))
 
 
+def _together(*values: float | Tensor) -> tuple[Tensor, ...]:
+    return torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in values))
+
+
 def _shares(problem: RidgeProblem, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """c, r = 1 - c and the variance w per unit of noise variance; a last dimension for the directions."""
     require(bool((lam > 0).all()), "lambda must be above 0")
@@ -223,18 +227,19 @@ def expected_error(
     """E ||theta_S(xi) - theta*||^2 = sum_i (r_i (1 - xi c_i) - 1)^2 a_i^2 + (1 - xi c_i)^2 noise w_i, plus `rest`, with
     c = lambda / (s^2 + lambda), r = 1 - c, w = s^2 / (s^2 + lambda)^2 and `noise` the variance of the noise. The three
     numbers may be tensors that broadcast; xi = 0 is the teacher, plain ridge."""
-    lam, noise, xi = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in (lam, noise, xi)))
-    c, r, w = _shares(problem, lam)
-    kept = 1 - xi[..., None] * c
-    return ((r * kept - 1).square() * problem.a.square() + kept.square() * noise[..., None] * w).sum(-1) + problem.rest
+    lams, variance, weight = _together(lam, noise, xi)
+    c, r, w = _shares(problem, lams)
+    kept = 1 - weight[..., None] * c
+    each = (r * kept - 1).square() * problem.a.square() + kept.square() * variance[..., None] * w
+    return each.sum(-1) + problem.rest
 
 
 def optimal_xi(problem: RidgeProblem, lam: float | Tensor, noise: float | Tensor) -> Float[Tensor, "*grid"]:
     """xi* = sum_i c_i (v_i - r_i c_i a_i^2) / sum_i c_i^2 (v_i + r_i^2 a_i^2), v = noise w: the minimum of
     `expected_error` in xi. Not above 0 without noise; above 1 where the noise exceeds `noise_of_anti_learning`."""
-    lam, noise = torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in (lam, noise)))
-    c, r, w = _shares(problem, lam)
-    v, signal = noise[..., None] * w, problem.a.square()
+    lams, variance = _together(lam, noise)
+    c, r, w = _shares(problem, lams)
+    v, signal = variance[..., None] * w, problem.a.square()
     return (c * (v - r * c * signal)).sum(-1) / (c.square() * (v + r.square() * signal)).sum(-1)
 
 
@@ -261,8 +266,12 @@ def best_ridge(problem: RidgeProblem, noise: float, lambdas: Float[Tensor, " gri
 
 
 def best_self_distillation(problem: RidgeProblem, noise: float, lambdas: Float[Tensor, " grid"]) -> Best:
-    """The best pair (lambda, xi): xi* in closed form at every lambda of the grid. It beats `best_ridge` wherever xi* at
-    ridge's best lambda is not 0, as it is where all a_i are equal."""
+    """The best pair (lambda, xi): xi* in closed form at every lambda of the grid, never worse than `best_ridge`.
+
+    At ridge's best lambda xi* is 0, as a small xi and a larger lambda move the estimate in the same direction
+    (d theta / d xi = lambda d theta / d lambda at xi = 0). A gain lies at another lambda, as it does where theta* lies
+    in the directions of large singular values.
+    """
     xi = optimal_xi(problem, lambdas, noise)
     errors = expected_error(problem, lambdas, noise, xi)
     where = int(errors.argmin())

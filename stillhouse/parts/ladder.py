@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,8 +35,9 @@ class Ladder(nn.Module):
 
     def forward(self, rungs: Sequence[Split]) -> list[Split]:
         """One split for every teacher from the student's splits after its blocks."""
-        return [{kind: _summed(projectors, [rung[kind] for rung in rungs]) for kind, projectors in teacher.items()}
-                for teacher in self.teachers]
+        teachers: Any = self.teachers
+        return [{kind: _summed(teacher[kind], [rung[kind] for rung in rungs]) for kind in ("cls", "patch")}
+                for teacher in teachers]
 
 
 def _projector(width: int, hidden: int, out: int) -> nn.Sequential:

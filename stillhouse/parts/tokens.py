@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def token_places(model: nn.Module, image: Float[Tensor, "batch channels height w
     return TokenPlaces(tuple(blocks), norms[-1] if norms else blocks[-1], prefix, tokens - prefix, width)
 
 
-def _blocks(model: nn.Module, called: dict[str, tuple[int, ...]]) -> list[str]:
+def _blocks(model: nn.Module, called: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The longest list of modules of one class, made of several parts, that return tokens of one shape; of equals the
     outermost."""
     best: list[str] = []

@@ -77,6 +77,7 @@ def distill(
             logits = student(x)
             fake = critic(reverse_gradient(lift(h_s()), config.weight))
             terms: dict[str, Any] = {"ce": config.ce * F.cross_entropy(logits, batch["label"]),
-                                     "kd": config.kd * kl(target, logits, config.temperature), "game": fake_loss(fake) + real_loss(critic(h_t()))}
+                                     "kd": config.kd * kl(target, logits, config.temperature),
+                                     "game": fake_loss(fake) + real_loss(critic(h_t()))}
             run.update(optimizer, **terms)
     return student

@@ -164,7 +164,8 @@ def shelf_task(task: str, n: int = 3000, seed: int = 20_000, size: int = 16) -> 
         drawn = shapes(n, seed, size, colours=tuple(COLOURS))
         return drawn.with_fields(label=drawn.colour)
     if task == "texture":
-        parts = [shapes(n // 3, seed + i, size, background=b) for i, b in enumerate(BACKGROUNDS)]
+        grounds: Any = BACKGROUNDS
+        parts = [shapes(n // 3, seed + i, size, background=b) for i, b in enumerate(grounds)]
         kinds = [part.with_fields(label=torch.full((len(part),), i)) for i, part in enumerate(parts)]
         return concatenate(*kinds)
     draw = torch.Generator().manual_seed(seed)

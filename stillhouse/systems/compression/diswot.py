@@ -22,6 +22,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -234,8 +235,9 @@ def sampled(draw: random.Random, config: Config, stages: int = 3) -> Architectur
 def mutated(architecture: Architecture, draw: random.Random, config: Config) -> Architecture:
     """Another operation, kernel or depth in one stage."""
     where = draw.randrange(len(architecture))
-    choices = [(name, [v for v in given if v != getattr(architecture[where], name)]) for name, given in (
-        ("operation", config.operations), ("kernel", config.kernels), ("blocks", config.depths))]
+    space: dict[str, tuple[Any, ...]] = {"operation": config.operations, "kernel": config.kernels,
+                                         "blocks": config.depths}
+    choices = [(name, [v for v in given if v != getattr(architecture[where], name)]) for name, given in space.items()]
     name, others = draw.choice([c for c in choices if c[1]] or [("blocks", [architecture[where].blocks])])
     return tuple(s._replace(**{name: draw.choice(others)}) if i == where else s for i, s in enumerate(architecture))
 
@@ -378,7 +380,7 @@ def experiment(run: Run) -> dict[str, dict[str, float]]:
         names: list[str] = []
         while len(names) < 3:
             name = named(sampled(draw, EMBEDDED))
-            if size(lambda name=name: StageNet(name, width=EMBEDDED.width)) <= most:
+            if size(partial(StageNet, name, width=EMBEDDED.width)) <= most:
                 names.append(name)
         each = []
         for i, name in enumerate(names):
