@@ -32,7 +32,8 @@ FLOORS = {
 COMMANDS = ("catalog", "verify", "compare", "report", "report.charts", "report.tables", "testing", "advice", "tour",
             "cli", "cli.caching", "cli.choosing", "cli.exporting", "cli.listing", "cli.measuring", "cli.models",
             "cli.resolving", "cli.running", "cli.tables", "cli.using", "cli.words")
-GUIDES = {"guide/your-own-models.md": "Your own models and data", "guide/exports.md": "Exports",
+GUIDES = {"guide/which-method.md": "Which method?", "guide/your-own-models.md": "Your own models and data",
+          "guide/exports.md": "Exports",
           "guide/caches.md": "Teachers that are large or far away",
           "guide/write-your-own.md": "Write your own system", "guide/from-paper-to-file.md": "From paper to file",
           "guide/benchmarks.md": "Benchmarks"}
@@ -48,7 +49,8 @@ def on_config(config: Any) -> Any:
     config.nav = [
         {"Getting started": "index.md"},
         {"Guides": [{title: path} for path, title in GUIDES.items()]},
-        {"Systems": ["systems/index.md", {"Comparisons": "systems/comparisons.md"}, *families]},
+        {"Systems": ["systems/index.md", {"The map": "systems/map.md"}, {"Comparisons": "systems/comparisons.md"},
+                     *families]},
         {"The house": [{title: f"floors/{floor}.md"} for floor, title in FLOORS.items()]},
     ]
     return config
