@@ -9,16 +9,17 @@ from typing import Any, Literal, get_args
 from stillhouse import catalog
 from stillhouse.errors import ConfigError, require
 
-Goal = Literal["smaller", "fewer-steps", "features", "clusters", "fewer-data", "density", "scene"]
+Goal = Literal["smaller", "better", "fewer-steps", "features", "clusters", "fewer-data", "density", "scene"]
 Task = Literal["images", "text", "speech", "graphs", "points"]
 Teacher = Literal["open", "api", "none"]
 Labels = Literal["none", "few", "all"]
 Architecture = Literal["same", "any"]
 Data = Literal["yes", "none"]
-Need = Literal["clip", "clients", "domains", "long-tail"]
+Need = Literal["clip", "clients", "domains", "long-tail", "wrong-labels", "several", "sources", "trained", "residual"]
 
 GOALS = {
     "smaller": "a smaller or faster model",
+    "better": "the same model, more accurate",
     "fewer-steps": "a diffusion model that samples in a few steps",
     "features": "an encoder learned without labels",
     "clusters": "classes found without labels",
@@ -33,7 +34,10 @@ LABELS = {"none": "no labels", "few": "labels for a few samples", "all": "labels
 ARCHITECTURES = {"same": "the student has the teacher's architecture", "any": "it may have another"}
 DATA = {"yes": "data to train on", "none": "none"}
 NEEDS = {"clip": "a CLIP or SigLIP as teacher, and one as student", "clients": "data that stays with several clients",
-         "domains": "pictures from several sources", "long-tail": "classes of very unequal size"}
+         "domains": "pictures from several sources", "long-tail": "classes of very unequal size",
+         "wrong-labels": "labels of which many are wrong", "several": "two teachers or more",
+         "sources": "models that were made for other tasks", "trained": "a student that is trained already",
+         "residual": "a residual network whose shortcuts are to go"}
 
 QUESTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "goal": ("What do you want?", GOALS), "task": ("What is the data?", TASKS),

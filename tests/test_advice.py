@@ -78,7 +78,7 @@ def test_commands_take_the_words_one_has_and_leave_out_what_is_not_there():
 
 
 def test_nothing_of_the_kind_says_what_there_is():
-    with pytest.raises(ConfigError, match="built are --goal density for images, points, and for text --goal smaller"):
+    with pytest.raises(ConfigError, match="built are --goal density for images, points, and for text --goal better, smaller"):
         advise(Situation("density", "text"))
     for wrong in ({"size": 2.0}, {"steps": 0}, {"teacher": "open-source"}, {"has": ("money",)}):
         with pytest.raises(ConfigError):
@@ -100,4 +100,4 @@ def test_the_command_asks_a_person_and_refuses_a_pipe(capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
     main(["advise"])
     said = capsys.readouterr().out
-    assert "one of 1 to 7" in said and "1. dphubert" in said
+    assert "one of 1 to 8" in said and "1. dphubert" in said

@@ -27,7 +27,7 @@ def advise(goal: Goal | None = None, task: Task | None = None, teacher: Teacher 
         data: whether there is data to train on
         size: wanted part of the teacher's size, e.g. 0.25
         steps: wanted number of sampling steps
-        has: what else is there: clip, clients, domains
+        has: what else is there: clip, clients, domains, long-tail, wrong-labels, several, sources, trained, residual
         model: the teacher, as it is to stand in the commands
         folder: the data, as it is to stand in the commands
         most: how many systems at most
