@@ -78,7 +78,8 @@ def test_commands_take_the_words_one_has_and_leave_out_what_is_not_there():
 
 
 def test_nothing_of_the_kind_says_what_there_is():
-    with pytest.raises(ConfigError, match="built are --goal density for images, points, and for text --goal better, smaller"):
+    with pytest.raises(ConfigError, match="built are --goal density for images, points, and for text "
+                                          "--goal better, smaller"):
         advise(Situation("density", "text"))
     for wrong in ({"size": 2.0}, {"steps": 0}, {"teacher": "open-source"}, {"has": ("money",)}):
         with pytest.raises(ConfigError):
