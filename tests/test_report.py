@@ -8,7 +8,7 @@ from stillhouse import catalog
 from stillhouse.errors import StoreError
 from stillhouse.report import write_report
 from stillhouse.report.charts import curve, dots, forest
-from stillhouse.report.tables import systems_table, with_tables
+from stillhouse.report.tables import leaderboard, systems_table, with_tables
 from stillhouse.run import Run
 
 
@@ -82,8 +82,9 @@ def test_the_slack_of_a_claim_that_holds_lies_right_of_the_line():
 
 
 def test_readme_tables_go_between_the_markers():
-    text = with_tables("before\n<!-- systems:begin -->outdated<!-- systems:end -->\nafter")
+    both = "".join(f"<!-- {name}:begin -->outdated<!-- {name}:end -->\n" for name in ("leaderboard", "systems"))
+    text = with_tables(f"before\n{both}after")
     assert text.startswith("before\n") and text.endswith("\nafter") and "outdated" not in text
-    assert "`ssld`" in systems_table()
+    assert "`ssld`" in systems_table() and "*plain KD*" in leaderboard()
     with pytest.raises(StoreError, match="markers"):
         with_tables("nothing")
