@@ -114,11 +114,11 @@ def test_pictures_of_the_arms_are_kept_by_name(tmp_path):
 
 
 def test_runs_are_kept_apart_when_any_code_below_changes(tmp_path, monkeypatch):
+    system = catalog.systems()["ssld"]
     monkeypatch.setattr(catalog, "PACKAGE", tmp_path)
     floor = tmp_path / "measures" / "x.py"
     floor.parent.mkdir()
     floor.write_text("a = 1")
-    system = catalog.systems()["ssld"]
     before = verify.runs_folder(system)
     assert verify.runs_folder(system) == before
     floor.write_text("a = 2")
