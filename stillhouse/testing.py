@@ -39,7 +39,7 @@ def check_system(distill: Callable[..., Any], inputs: Inputs | None = None, most
     Checked: loss terms are finite; every model but the student comes back as it was (weights, buffers, modes,
     `requires_grad`, hooks) and no gradient is left anywhere; data sets are unchanged; a run that is stopped after every
     single step and resumed with new objects ends bit for bit like an undisturbed one; a finished run gives the same
-    again; empty data and data that is not finite are refused before any step.
+    again; empty data, data that is not finite and labels that no class exists for are refused before any step.
 
     Raises AssertionError saying which promise is broken.
     """
@@ -191,6 +191,11 @@ def _refuses(distill: Callable[..., Any], inputs: Inputs, options: dict[str, Any
             broken = value.data[floats[0]].clone()
             broken[-1] = float("nan")
             bad["not finite"] = value.with_fields(**{floats[0]: broken})
+        if "image" in value.data and value.data.get("label") is not None and name != "unlabelled":
+            for y in (-1, 1000):
+                label = value.data["label"].clone()
+                label[-1] = y
+                bad[f"labelled {y}"] = value.with_fields(label=label)
         for what, data in bad.items():
             run = Run(**options)
             try:

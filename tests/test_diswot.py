@@ -11,16 +11,17 @@ from torch import nn
 from stillhouse.data.digits import digits
 from stillhouse.data.sets import fetch
 from stillhouse.errors import ConfigError, DataError, RoleError
+from stillhouse.evaluate.cost import parameters_of
 from stillhouse.evaluate.zero_cost import PROXIES, gradient_norm, nwot, snip, synflow
 from stillhouse.hub.models import resolve_model
 from stillhouse.measures.zero_cost import channel_correlation, class_distance, relation_distance, semantic_distance
 from stillhouse.models.convnets import MLP, SmallResNet, TinyConvNet
-from stillhouse.models.stage_net import Stage, StageNet, named, parsed
+from stillhouse.models.stage_net import Stage, StageNet, mutated, named, parsed, sampled
 from stillhouse.models.vit import SmallViT
 from stillhouse.protocols import Classifier
 from stillhouse.recipes.evolution import evolve, rank_best, sum_best
 from stillhouse.run import Run
-from stillhouse.systems.compression.diswot import Config, distill, evidence, mutated, sampled, scorer, size, tiny
+from stillhouse.systems.compression.diswot import Config, distill, evidence, scorer, tiny
 
 torch.manual_seed(0)
 G_T, G_S = torch.randn(2, 5, 7, dtype=torch.double)
@@ -119,8 +120,8 @@ def test_architectures_have_names():
 def test_a_mutation_changes_one_thing_of_one_stage():
     draw, config = random.Random(0), Config()
     for _ in range(50):
-        a = sampled(draw, config)
-        b = mutated(a, draw, config)
+        a = sampled(draw, config.space)
+        b = mutated(a, draw, config.space)
         changed = [(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True) if x != y]
         assert len(changed) == 1
 
@@ -170,7 +171,7 @@ def test_the_winner_fits_the_budget_is_distilled_and_remembers_what_it_is(tmp_pa
     config = dataclasses.replace(Config(), steps=2, batch=8, cycles=6, population=3, tournament=2, width=2, budget=0.5)
     with Run(tmp_path / "run", quiet=True) as run:
         student = distill(teacher, FEW, config=config, run=run)
-    assert isinstance(student, StageNet) and size(lambda: StageNet(student.stages, width=2)) <= 0.5 * sum(
+    assert isinstance(student, StageNet) and parameters_of(lambda: StageNet(student.stages, width=2)) <= 0.5 * sum(
         p.numel() for p in teacher.parameters())
     assert list((tmp_path / "run").rglob("search.png"))
 

@@ -17,14 +17,14 @@ from stillhouse.data.sets import TensorSet, fetch
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.hub.models import resolve_model
 from stillhouse.measures.hardness import el2n, from_the_median, gradient_norms
-from stillhouse.measures.ridge import ridge_student, ridge_student_bias, ridge_teacher
+from stillhouse.measures.ridge import ridge_student, ridge_student_bias, ridge_student_errors, ridge_teacher
 from stillhouse.models.convnets import TinyConvNet
 from stillhouse.protocols import Classifier
 from stillhouse.recipes import pruning
 from stillhouse.run import Run, fingerprint, set_lr
 from stillhouse.run.schedules import warmup_cosine
 from stillhouse.systems.compression import kd_data_pruning
-from stillhouse.systems.compression.kd_data_pruning import Config, alpha_of, bias_and_noise, distill
+from stillhouse.systems.compression.kd_data_pruning import Config, alpha_of, distill
 from stillhouse.testing import check_system
 
 SHORT = Config(steps=6, batch=6, fraction=0.5, lr=0.05, repeats=2)
@@ -284,12 +284,12 @@ def test_the_closed_forms_are_those_of_the_columns_of_the_paper_and_of_a_simulat
                                rtol=0, atol=1e-12)
     without = ridge_student(x[kept], (x @ theta)[kept], ridge_teacher(x, x @ theta, lam), lam, alpha)
     torch.testing.assert_close(ridge_student_bias(x[kept], x, theta, lam, alpha), without - theta, rtol=0, atol=1e-12)
-    bias, spread = bias_and_noise(x, kept, torch.arange(40), theta, lam, alpha, noise=0.5, draws=4000)
+    bias, spread = ridge_student_errors(x, kept, torch.arange(40), theta, lam, alpha, noise=0.5, draws=4000)
     assert bias == pytest.approx((without - theta).norm().item())
     per = torch.linalg.solve(a, columns @ (alpha * columns.T @ torch.linalg.solve(b, all_columns)))
     per[:, kept] += torch.linalg.solve(a, (1 - alpha) * columns)
     assert spread == pytest.approx(0.5 * per.norm().item(), rel=0.05)
-    spreads = [bias_and_noise(x, kept, torch.arange(40), theta, lam, alpha, noise=0.5)[1] for alpha in (0.0, 0.5, 1.0)]
+    spreads = [ridge_student_errors(x, kept, torch.arange(40), theta, lam, a, noise=0.5)[1] for a in (0.0, 0.5, 1.0)]
     assert spreads == sorted(spreads, reverse=True)
 
 

@@ -18,7 +18,7 @@ from stillhouse.measures.divergences import kl, soft_cross_entropy
 from stillhouse.measures.relations import cka, gram, hsic, rbf_gram
 from stillhouse.models.convnets import MLP, ConvNet, SmallResNet, TinyConvNet
 from stillhouse.models.vit import SmallMixer, SmallViT
-from stillhouse.parts.exits import ConvExit, PatchMerging, TokenExit, exit_branches, feature_width
+from stillhouse.parts.exits import ConvExit, PatchMerging, TokenExit, exit_branches, stage_width
 from stillhouse.parts.stages import stages_of
 from stillhouse.parts.taps import taps
 from stillhouse.protocols import Classifier
@@ -155,7 +155,7 @@ def test_merging_takes_two_by_two_neighbours_and_pads_odd_sides():
 
 def test_features_of_other_forms_are_refused():
     with pytest.raises(RoleError, match="maps"):
-        feature_width((4,))
+        stage_width((4,))
     with pytest.raises(RoleError, match="stage"):
         exit_branches({}, 3)
 

@@ -7,8 +7,10 @@ from torch import nn
 from stillhouse.data.sets import TensorSet
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.evaluate.classification import accuracy, calibration_error, per_class_accuracy, predictions
-from stillhouse.evaluate.cost import counted, latency, macs, parameters
+from stillhouse.evaluate.cost import counted, latency, macs, parameters, parameters_of
+from stillhouse.evaluate.draws import mean_over_draws
 from stillhouse.evaluate.probes import extract, few_per_class, knn_probe, linear_probe
+from stillhouse.run import Run, begin
 
 
 class Read(nn.Module):
@@ -77,6 +79,26 @@ def test_parameters_and_macs_by_hand():
     assert parameters(model) == 4 * 9 + 4 + 2560 + 10 and parameters(model, trainable=True) == 2570
     assert macs(model, torch.zeros(2, 1, 8, 8)) == 2 * (64 * 4 * 9 + 2560)
     assert not model[0].weight.requires_grad and model[2].weight.requires_grad
+
+
+def test_a_factory_is_measured_without_making_anything():
+    before = torch.get_rng_state()
+    assert parameters_of(lambda: nn.Linear(10**5, 10**5)) == 10**10 + 10**5
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_means_over_draws_have_seeds_that_follow_from_the_run():
+    seen = []
+
+    def measure(seed):
+        seen.append((seed, torch.rand(()).item()))
+        return {"seed": float(seed), "one": 1.0}
+
+    run = Run(seed=7, quiet=True)
+    assert mean_over_draws(measure, 3, begin(run)) == {"seed": 7001.0, "one": 1.0}
+    assert [s for s, _ in seen] == [7000, 7001, 7002] and len({r for _, r in seen}) == 3
+    with pytest.raises(ConfigError, match="draws must be 1 or more"):
+        mean_over_draws(measure, 0, run)
 
 
 def test_latency_is_positive_and_calls_are_counted_also_on_exceptions():

@@ -558,6 +558,41 @@ def test_check_reports_by_role():
         run.check(Classifier, TensorSet(image=image), teacher=network())
 
 
+def test_labels_that_are_read_must_be_there_and_have_a_class():
+    run = Run(quiet=True)
+    data = pictures()
+    batch = run.check(Classifier, data, labels=True, student=network())
+    assert batch["image"].shape == (4, 1, 4, 4) and batch["label"].tolist() == [0, 1, 2, 0]
+    with pytest.raises(DataError, match="no field 'label'"):
+        run.check(Classifier, data.without("label"), labels=True, student=network())
+    for y, text in ((3, "between 0 and 3"), (-1, "between -1 and 2")):
+        label = data.label.clone()
+        label[-1] = y
+        wrong = data.with_fields(label=label)
+        run.check(Classifier, wrong, student=network())
+        with pytest.raises(RoleError, match=f"labels lie {text}, but student has 3 classes, 0 to 2"):
+            run.check(Classifier, wrong, labels=True, student=network())
+    with pytest.raises(DataError, match="whole numbers, one a sample"):
+        run.check(Classifier, data.with_fields(label=data.label.float()), labels=True, student=network())
+
+
+def test_labels_of_sets_that_would_decode_all_to_tell_are_checked_at_the_start():
+    class Slow:
+        reads = 0
+
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, i):
+            Slow.reads += 1
+            return {"image": torch.zeros(1, 4, 4), "label": i % 3}
+
+    Run(quiet=True).check(Classifier, Slow(), labels=True, student=network())
+    assert Slow.reads <= 8
+    with pytest.raises(RoleError, match="student has 2 classes"):
+        Run(quiet=True).check(Classifier, Slow(), labels=True, student=network(classes=2))
+
+
 def test_check_and_frozen_leave_models_as_found():
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
     net[2].bias.requires_grad_(False)

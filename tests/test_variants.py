@@ -12,6 +12,7 @@ from stillhouse.data.variants import (
     long_tail_counts,
     long_tailed,
     noisy_labels,
+    noisy_split,
 )
 from stillhouse.errors import DataError
 
@@ -26,6 +27,16 @@ def test_exactly_a_share_of_the_labels_is_wrong_and_the_true_ones_are_kept():
     offsets = (noisy.label - noisy.clean)[wrong] % 10
     assert torch.bincount(offsets, minlength=10)[1:].min() > 20
     assert torch.equal(noisy_labels(data, 0.0).label, data.label)
+
+
+def test_a_noisy_part_and_a_clean_part_share_no_sample():
+    data = digits(8, "train")
+    train, held_out = noisy_split(data, 300, 100, 0.2, seed=4)
+    assert len(train) == 300 and len(held_out) == 100 and int((train.label != train.clean).sum()) == 60
+    rows = {row.numpy().tobytes() for row in train.image}
+    assert not rows & {row.numpy().tobytes() for row in held_out.image}
+    with pytest.raises(DataError, match="1000 and 300 samples of 1200"):
+        noisy_split(data, 1000, 300, 0.2)
 
 
 def test_structured_noise_confuses_a_class_with_its_partner_alone():

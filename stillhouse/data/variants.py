@@ -33,6 +33,16 @@ def noisy_labels(data: TensorSet, share: float, seed: int = 0, classes: int | No
     return data.with_fields(label=label.index_copy(0, wrong, other), clean=label.clone())
 
 
+def noisy_split(data: TensorSet, train: int, held_out: int, share: float, seed: int = 0,
+                into: Sequence[int] | None = None) -> tuple[TensorSet, TensorSet]:
+    """Two random parts of a set, of `train` samples with a `share` of wrong labels (see `noisy_labels`) and of
+    `held_out` clean ones. Raises DataError where there are too few."""
+    require(train + held_out <= len(data), f"{train} and {held_out} samples of {len(data)}", DataError)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return (noisy_labels(data.select(order[:train]), share, seed, into=into),
+            data.select(order[train : train + held_out]))
+
+
 def balanced_indices(label: Int[Tensor, " n"], per_class: int | Sequence[int] | float, seed: int = 0
                      ) -> Int[Tensor, " m"]:
     """Positions of a random subset in ascending order: `per_class` of each class, a number for each class, or, given a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stillhouse.errors import require
 from stillhouse.run import frozen
+from stillhouse.run.seeds import preserved
 
 
 def parameters(model: nn.Module, trainable: bool = False) -> int:
     """Number of parameters, shared ones once; of those with `requires_grad` if `trainable`."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def parameters_of(make: Callable[[], nn.Module]) -> int:
+    """Number of parameters of the network that a factory makes, without the memory and the draws of making it."""
+    with preserved(), torch.device("meta"):
+        return parameters(make())
 
 
 def macs(model: nn.Module, *example: Any) -> int:

@@ -276,3 +276,18 @@ def best_self_distillation(problem: RidgeProblem, noise: float, lambdas: Float[T
     errors = expected_error(problem, lambdas, noise, xi)
     where = int(errors.argmin())
     return Best(float(errors[where]), float(lambdas[where]), float(xi[where]))
+
+
+def ridge_student_errors(
+    x: Float[Tensor, "n d"], kept: Tensor, seen: Tensor, theta: Float[Tensor, " d"], lam: float, alpha: float,
+    noise: float, draws: int = 200, seed: int = 0,
+) -> tuple[float, float]:
+    """Ridge regression with y = X theta* + noise, a student on the rows `kept` and a teacher on the rows `seen`: the
+    norm of the student's bias in closed form, and the root of its mean squared deviation from its expectation over
+    `draws` of the noise."""
+    bias = ridge_student_bias(x[kept], x[seen], theta, lam, alpha)
+    generator = torch.Generator().manual_seed(seed)
+    y = (x @ theta)[:, None] + noise * torch.randn(len(x), draws, dtype=x.dtype, generator=generator)
+    learned = ridge_student(x[kept], y[kept], ridge_teacher(x[seen], y[seen], lam), lam, alpha)
+    spread = (learned - (theta + bias)[:, None]).square().sum(0).mean().sqrt()
+    return bias.norm().item(), spread.item()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -43,6 +44,29 @@ def parsed(text: str) -> Architecture:
 def named(stages: Sequence[Stage]) -> str:
     """The inverse of `parsed`."""
     return "/".join(map(str, stages))
+
+
+class Space(NamedTuple):
+    """What a stage may be made of."""
+
+    operations: Sequence[str] = OPERATIONS
+    kernels: Sequence[int] = (1, 3)
+    blocks: Sequence[int] = (1, 2, 3)
+
+
+def sampled(draw: random.Random, space: Space, stages: int = 3) -> Architecture:
+    """A random architecture: every choice of every stage for itself."""
+    return tuple(Stage(draw.choice(space.operations), draw.choice(space.kernels), draw.choice(space.blocks))
+                 for _ in range(stages))
+
+
+def mutated(architecture: Architecture, draw: random.Random, space: Space) -> Architecture:
+    """Another operation, kernel size or number of blocks in one stage; itself where the space has no other."""
+    where = draw.randrange(len(architecture))
+    given: dict[str, Sequence[Any]] = dict(zip(Stage._fields, space, strict=True))
+    choices = [(name, [v for v in values if v != getattr(architecture[where], name)]) for name, values in given.items()]
+    name, others = draw.choice([c for c in choices if c[1]] or [("blocks", [architecture[where].blocks])])
+    return tuple(s._replace(**{name: draw.choice(others)}) if i == where else s for i, s in enumerate(architecture))
 
 
 class _Block(nn.Module):

@@ -112,7 +112,7 @@ def _initialise(exit_: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def feature_width(shape: Sequence[int]) -> int:
+def stage_width(shape: Sequence[int]) -> int:
     """Channels of maps (channels, height, width), width of tokens (tokens, width)."""
     require(len(shape) in (2, 3), f"features are maps (c, h, w) or tokens (tokens, d), not {tuple(shape)}", RoleError)
     return shape[0] if len(shape) == 3 else shape[1]
@@ -127,10 +127,10 @@ def exit_branches(stages: Mapping[str, Shape], classes: int, teacher_width: int 
     """
     require(len(stages) >= 1, "exit branches need at least one stage of the student, and none was found", RoleError)
     shapes = list(stages.values())
-    last = feature_width(shapes[-1])
+    last = stage_width(shapes[-1])
     branches = nn.ModuleList()
     for i, shape in enumerate(shapes):
-        after, width = len(shapes) - 1 - i, feature_width(shape)
+        after, width = len(shapes) - 1 - i, stage_width(shape)
         branches.append(ConvExit(width, after, max(last, teacher_width), classes) if len(shape) == 3
                         else TokenExit(shape[0], width, after, last, classes, grid))
     return branches

@@ -230,6 +230,13 @@ def feature_width(encoder: nn.Module, image: Tensor) -> int:
             module.training = training
 
 
+def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Path and module of the last linear layer, the head of a classifier. Raises RoleError where there is none."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    require(bool(linears), f"{type(model).__name__} has no linear layer that could be its head", RoleError)
+    return linears[-1]
+
+
 def replace_head(model: nn.Module, classes: int | None = None) -> tuple[nn.Module, nn.Module]:
     """A copy of a classifier for another task, and its new head: the last linear layer is replaced by a fresh one of
     `classes` outputs, or taken away (an encoder) if `classes` is None.
@@ -237,11 +244,8 @@ def replace_head(model: nn.Module, classes: int | None = None) -> tuple[nn.Modul
     Raises RoleError if the model has no linear layer.
     """
     body = copy.deepcopy(model)
-    linears = [name for name, module in body.named_modules() if isinstance(module, nn.Linear)]
-    require(bool(linears), f"{type(model).__name__} has no linear layer that could be its head", RoleError)
-    parent, _, leaf = linears[-1].rpartition(".")
-    old = body.get_submodule(linears[-1])
-    assert isinstance(old, nn.Linear)
+    path, old = last_linear(body)
+    parent, _, leaf = path.rpartition(".")
     head: nn.Module = nn.Identity() if classes is None else nn.Linear(old.in_features, classes).to(old.weight)
     setattr(body.get_submodule(parent), leaf, head)
     return body, head

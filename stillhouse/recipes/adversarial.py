@@ -17,8 +17,6 @@ from stillhouse.parts.feature_taps import feature_tap, tapped_width
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 
 
@@ -57,8 +55,7 @@ def distill(
     One optimizer: the gradient of D's loss is reversed on its way into the student. D and the map are thrown away.
     """
     run = begin(run)
-    run.check(Classifier, labelled, teacher=teacher, student=student)
-    example = to_device(first_batch(labelled, ("image", "label")), run.device)["image"]
+    example = run.check(Classifier, labelled, labels=True, teacher=teacher, student=student)["image"]
     assert isinstance(student, nn.Module) and isinstance(teacher, nn.Module)
     wide = tapped_width(teacher, example, config.teacher_feature)
     lift = nn.Linear(tapped_width(student, example, config.student_feature), wide).to(run.device)

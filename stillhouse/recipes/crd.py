@@ -20,6 +20,7 @@ from stillhouse.measures.crd import crd_nce
 from stillhouse.measures.divergences import kl
 from stillhouse.parts.critics import UnitProjector, critic
 from stillhouse.parts.feature_taps import FeatureTap, feature_tap, tapped_width
+from stillhouse.parts.heads import feature_width
 from stillhouse.parts.memory import ContrastMemory
 from stillhouse.protocols import AnyImages, Classifier, Encoder
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
@@ -101,21 +102,18 @@ def check_pair(teacher: Any, student: Any, data: Any, config: Any, run: Run) -> 
     batch = first_batch(data, ("image", config.teacher_sees, *(("label",) if config.ce else ())))
     if config.kd and own is data:
         run.check(Classifier, data, teacher=teacher, student=student)
+    if config.ce:
+        run.check(Classifier, data, labels=True, student=student)
     run.check(Encoder, data, student=student)
     run.check(Encoder, own, teacher=teacher)
     require(len(data) >= 2, "contrastive distillation needs at least two samples", DataError)
     batch = to_device(batch, run.device)
     widths = (tapped_width(teacher, batch[config.teacher_sees], config.teacher_feature),
               tapped_width(student, batch["image"], config.student_feature))
-    if config.ce or config.kd:
-        with run.aside("classes", teacher, student):
-            t, s = (model(x[:1]).shape[1] for model, x in ((teacher, batch[config.teacher_sees]),
-                                                           (student, batch["image"])))
-        require(not config.kd or t == s, f"kd needs models of the same classes: teacher has {t}, student has {s}; set "
-                "kd to 0", RoleError)
-        if config.ce:
-            require(int(batch["label"].max()) < s, f"the student has {s} classes, and there is a label "
-                    f"{int(batch['label'].max())}; ce=0 trains without labels", RoleError)
+    if config.kd:
+        t, s = feature_width(teacher, batch[config.teacher_sees]), feature_width(student, batch["image"])
+        require(t == s, f"kd needs models of the same classes: teacher has {t}, student has {s}; set kd to 0",
+                RoleError)
     return widths
 
 

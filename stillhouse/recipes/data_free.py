@@ -84,7 +84,7 @@ def distill(
             set_lr(optimizer, config.lr * warmup_cosine(run.progress, config.warmup))
             x = generator(run.randn(n, config.latent))
             target = teacher(x)
-            terms: dict[str, Any] = generator_terms(target, features(), config)
+            terms: dict[str, Any] = generator_terms(run.gather(target), run.gather(features()), config)
             answer = student(x.detach())
             run.update([optimizer, adam], **terms, kd=kl(target.detach(), answer, config.temperature))
     with torch.no_grad():

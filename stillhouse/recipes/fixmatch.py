@@ -20,7 +20,6 @@ from stillhouse.protocols import Classifier, Images, LabelledImages
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import random_view, strong_view
 from stillhouse.run import Run, begin, set_lr
-from stillhouse.run.check import first_batch
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,8 @@ def train(
     """L = CE(y, weak view) + lambda_u pseudo_label_loss(weak view, strong view) (equations 3 and 4), all views in one
     forward pass; the student is trained in place and returned."""
     run = begin(run)
-    for data in (labelled, unlabelled):
-        run.check(Classifier, data, student=student)
-    first_batch(labelled, ("image", "label"))
+    run.check(Classifier, labelled, labels=True, student=student)
+    run.check(Classifier, unlabelled, student=student)
     assert isinstance(student, nn.Module)
     student.train()
     average = EMA(student) if config.ema else None

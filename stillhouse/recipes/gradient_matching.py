@@ -60,7 +60,7 @@ def match_gradients(
 ) -> DistilledSet:
     """Distil `labelled` into `config.ipc` pictures per class. Every process does the same work."""
     run = begin(run)
-    run.check(Classifier, labelled, network=network())
+    run.check(Classifier, labelled, labels=True, network=network())
     real = as_tensor_set(labelled)
     chosen = random_per_class(real.label, config.ipc)
     images = nn.Parameter(real.image[chosen].to(run.device, copy=True))

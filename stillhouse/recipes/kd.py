@@ -57,11 +57,11 @@ def distill(
     sees the second modality of the same scene.
     """
     run = begin(run)
-    for given in (labelled, unlabelled):
-        if given is not None:
-            _check(teacher, student, given, config, run)
-    if unlabelled is None or config.alpha < 1:
-        first_batch(labelled, ("image", "label"))
+    read = unlabelled is None or config.alpha < 1
+    if labelled is not None or read:
+        _check(teacher, student, labelled, config, run, labels=read)
+    if unlabelled is not None:
+        _check(teacher, student, unlabelled, config, run)
     if labelled is None or unlabelled is not None:
         return _apart(teacher, student, labelled, unlabelled, config, run, view)
     assert isinstance(student, nn.Module)
@@ -81,12 +81,12 @@ def distill(
     return student
 
 
-def _check(teacher: Any, student: Any, data: Any, config: Config, run: Run) -> None:
-    """Both models on what they will see, over the same classes."""
+def _check(teacher: Any, student: Any, data: Any, config: Config, run: Run, labels: bool = False) -> None:
+    """Both models on what they will see, over the same classes, and the labels where they are read."""
     if config.teacher_sees == "image":
-        run.check(Classifier, data, teacher=teacher, student=student)
+        run.check(Classifier, data, labels, teacher=teacher, student=student)
         return
-    run.check(Classifier, data, student=student)
+    run.check(Classifier, data, labels, student=student)
     seen = SeenAs(data, config.teacher_sees)
     run.check(Classifier, seen, teacher=teacher)
     with run.aside("classes", teacher, student):

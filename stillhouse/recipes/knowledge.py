@@ -23,8 +23,6 @@ from stillhouse.parts.taps import taps
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 
 Kind = Literal["none", "hint", "attention", "nst", "fsp", "rkd", "sp", "cka", "irg", "ickd", "sp+ickd", "dkd", "dist"]
@@ -78,8 +76,7 @@ def distill(
     - "dkd", "dist": of the logits. "none": nothing.
     """
     run = begin(run)
-    run.check(Classifier, labelled, teacher=teacher, student=student)
-    example = to_device(first_batch(labelled, ("image", "label")), run.device)["image"]
+    example = run.check(Classifier, labelled, labels=True, teacher=teacher, student=student)["image"]
     assert isinstance(student, nn.Module) and isinstance(teacher, nn.Module)
     t_taps, s_taps, regressors = _paired(teacher, student, example, config)
     regressors.to(run.device)
@@ -97,13 +94,18 @@ def distill(
             terms: dict[str, Any] = {"ce": config.ce * F.cross_entropy(logits, batch["label"])}
             if config.kd:
                 terms["kd"] = config.kd * kl(target, logits, config.temperature)
+            among = run.gather if config.kind in AMONG_SAMPLES else _as_is
             if config.kind in LOGITS:
-                terms[config.kind] = config.weight * LOGITS[config.kind](target, logits, batch["label"], config)
+                terms[config.kind] = config.weight * LOGITS[config.kind](among(target), among(logits),
+                                                                         among(batch["label"]), config)
             elif config.kind != "none":
                 fs = [of_student[path] for path in s_taps]
                 if len(regressors):
                     fs = [r(f) for r, f in zip(regressors, fs, strict=True)]
-                terms[config.kind] = config.weight * FEATURES[config.kind]([of_teacher[p] for p in t_taps], fs)
+                ts = [of_teacher[path] for path in t_taps]
+                if config.kind in AMONG_SAMPLES:
+                    ts, fs = [among(ts[-1])], [among(fs[-1])]
+                terms[config.kind] = config.weight * FEATURES[config.kind](ts, fs)
             run.update(optimizer, **terms)
     return student
 
@@ -112,6 +114,10 @@ LOGITS: dict[str, Callable[..., Tensor]] = {
     "dkd": lambda t, s, y, config: decoupled_kd(t, s, y, temperature=config.temperature),
     "dist": lambda t, s, y, config: dist(t, s, temperature=config.temperature),
 }
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _each(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
@@ -146,6 +152,9 @@ FEATURES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
                                + channel_correlation(feature_map(ts[-1]), feature_map(fs[-1]))),
 }
 
+
+AMONG_SAMPLES = ("rkd", "sp", "cka", "irg", "sp+ickd", "dist")
+"""Kinds that compare the samples of the whole batch with one another, over all processes."""
 
 REGRESSED = ("hint", "fsp", "ickd", "sp+ickd")
 """Kinds that compare channels, through a regressor from the student's to the teacher's."""

@@ -13,10 +13,10 @@ from torch import nn
 from stillhouse.data.sets import column
 from stillhouse.errors import DataError, RoleError, require
 from stillhouse.measures.divergences import kl
+from stillhouse.parts.heads import feature_width
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
 from stillhouse.run.schedules import warmup_cosine
 
 
@@ -55,11 +55,9 @@ def train(
     RoleError for classes that the network has not, DataError for labels of old classes.
     """
     run = begin(run)
-    run.check(Classifier, labelled, student=student)
-    first = first_batch(labelled, ("image", "label"))
+    example = run.check(Classifier, labelled, labels=True, student=student)["image"]
     assert isinstance(student, nn.Module)
-    with run.aside("classes", student):
-        classes = student(first["image"][:1].to(run.device)).shape[1]
+    classes = feature_width(student, example)
     require(all(0 <= c < classes for c in config.old), f"old classes {config.old} of a network with {classes}",
             RoleError)
     new = [c for c in range(classes) if c not in config.old]

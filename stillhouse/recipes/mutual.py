@@ -20,7 +20,6 @@ from stillhouse.measures.divergences import kl
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
 from stillhouse.run import Run, begin, set_lr
-from stillhouse.run.check import first_batch
 from stillhouse.run.schedules import warmup_cosine
 
 Update = Literal["together", "in turn"]
@@ -88,8 +87,7 @@ def check_networks(networks: Sequence[nn.Module], labelled: Any, run: Run) -> No
     require(len(networks) >= 2, f"mutual learning needs at least 2 networks, not {len(networks)}", RoleError)
     require(len({id(n) for n in networks}) == len(networks), "the networks must be different objects; one is given "
             "twice", RoleError)
-    run.check(Classifier, labelled, networks=list(networks))
-    first_batch(labelled, ("image", "label"))
+    run.check(Classifier, labelled, labels=True, networks=list(networks))
 
 
 def learn_together(networks: Sequence[nn.Module], labelled: Any, objective: Objective, config: Any, run: Run,

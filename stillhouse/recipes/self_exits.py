@@ -13,14 +13,13 @@ from stillhouse.errors import RoleError, require
 from stillhouse.measures.divergences import kl
 from stillhouse.measures.feature_maps import hint
 from stillhouse.parts.exits import exit_branches
+from stillhouse.parts.heads import feature_width
 from stillhouse.parts.regressors import Regressor
 from stillhouse.parts.stages import feature_map, stages_of
 from stillhouse.parts.taps import taps
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
 from stillhouse.run import Run, begin, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 
 
@@ -58,13 +57,11 @@ def train(
     z and the deepest features F are constants in the exits' terms. Exits and regressors are thrown away.
     """
     run = begin(run)
-    run.check(Classifier, labelled, student=student)
-    example = to_device(first_batch(labelled, ("image", "label")), run.device)["image"]
+    example = run.check(Classifier, labelled, labels=True, student=student)["image"]
     assert isinstance(student, nn.Module)
     stages = stages_of(student, example, config.taps)
     require(len(stages) >= 2, f"exits need two stages or more; found {list(stages)}. Name them with taps", RoleError)
-    with run.aside("classes", student):
-        classes = student(example[:1]).shape[1]
+    classes = feature_width(student, example)
     paths = list(stages)
     exits = exit_branches(stages, classes)[:-1].to(run.device)
     regressors = nn.ModuleList(Regressor(stages[p], stages[paths[-1]]) for p in paths[:-1]).to(run.device)

@@ -15,7 +15,6 @@ from stillhouse.errors import require
 from stillhouse.parts.lars import LARS
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.run import Run, begin, set_lr
-from stillhouse.run.check import first_batch
 from stillhouse.run.schedules import warmup_cosine
 
 View = Callable[[Tensor], Tensor]
@@ -64,8 +63,7 @@ def train(
 ) -> nn.Module:
     """Cross-entropy on hard labels; the student is trained in place and returned."""
     run = begin(run)
-    run.check(Classifier, labelled, student=student)
-    first_batch(labelled, ("image", "label"))
+    run.check(Classifier, labelled, labels=True, student=student)
     assert isinstance(student, nn.Module)
     student.train()
     return _train("supervised", student, student.parameters(), labelled, config, run, view)
@@ -84,8 +82,7 @@ def fine_tune(
     `backbone_lr` times it; 0 trains the head alone on a frozen backbone in eval mode (a linear evaluation). LARS does
     not adapt the head."""
     run = begin(run)
-    run.check(Classifier, labelled, student=student)
-    first_batch(labelled, ("image", "label"))
+    run.check(Classifier, labelled, labels=True, student=student)
     assert isinstance(student, nn.Module)
     heads = {id(p) for p in head.parameters()}
     backbone = [p for p in student.parameters() if id(p) not in heads]

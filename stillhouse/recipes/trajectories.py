@@ -91,7 +91,7 @@ def record_trajectories(
     """
     run = begin(run)
     require(count >= 1 and epochs >= 1, f"give at least one expert and one epoch, not {count} and {epochs}")
-    run.check(Classifier, labelled, network=network())
+    run.check(Classifier, labelled, labels=True, network=network())
     make = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay))
     experts = []
     for i in run.track(range(count), "experts"):

@@ -16,8 +16,6 @@ from stillhouse.parts.feature_taps import feature_tap, tapped_width
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import View, check_training, optimizer_for
 from stillhouse.run import Run, begin, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 
 
@@ -45,8 +43,7 @@ def train(student: Classifier, labelled: LabelledImages, config: Config = Config
     """L = CE(y, z(x^(j))), averaged over pictures and their M copies (data augmentation), and with "multi" also
     CE(j, v(f(x^(j)))) with a linear head v that is thrown away (multi-task learning). The student is returned."""
     run = begin(run)
-    run.check(Classifier, labelled, student=student)
-    example = to_device(first_batch(labelled, ("image", "label")), run.device)["image"]
+    example = run.check(Classifier, labelled, labels=True, student=student)["image"]
     assert isinstance(student, nn.Module)
     chosen = transformations(config.kind)
     copies(example, chosen)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data.sets import TensorSet, fetch
+from stillhouse.data.sets import TensorSet, column, fetch
 from stillhouse.errors import DataError, RoleError
 from stillhouse.protocols import NEEDS, PROBES, modules_of
 from stillhouse.run.reading import is_map_style, to_device
@@ -16,16 +16,19 @@ SAME = {"Classifier": "classes", "CausalLM": "vocabulary entries"}
 BATCH = 4
 
 
-def check(protocol: Any, data: Any, device: torch.device, roles: dict[str, Any]) -> None:
-    """Send the first samples of `data` through every role and compare what comes out.
+def check(protocol: Any, data: Any, device: torch.device, roles: dict[str, Any], labels: bool = False
+          ) -> dict[str, Any]:
+    """Send the first samples of `data` through every role and compare what comes out; those samples, on `device`.
 
     Models are left as found (mode, buffers, gradients). Roles that are None are skipped; lists are checked one by one.
-    For classifiers and language models all roles must have the same number of classes or the same vocabulary.
+    For classifiers and language models all roles must have the same number of classes or the same vocabulary. With
+    `labels`, the data must have them, and every role a class for each (of the first samples only, where the set would
+    have to decode everything to tell: no `column`).
 
     Raises DataError (empty, missing field, not finite) or RoleError (named by role).
     """
     kind = protocol.__name__
-    batch = to_device(first_batch(data, NEEDS.get(protocol, ())), device)
+    batch = to_device(first_batch(data, (*NEEDS.get(protocol, ()), *(("label",) if labels else ()))), device)
     widths: dict[str, int] = {}
     for role, model in _flat(roles):
         out = _probe(protocol, role, model, batch)
@@ -37,6 +40,20 @@ def check(protocol: Any, data: Any, device: torch.device, roles: dict[str, Any])
         found = ", ".join(f"{role} has {n}" for role, n in widths.items())
         raise RoleError(f"all must have the same number of {SAME[kind]}, but {found}. Replace the last layer of one of "
                         "them, or give models made for the same task.")
+    if labels:
+        known = isinstance(data, TensorSet) or hasattr(data, "column")
+        _check_labels(column(data, "label") if known else batch["label"], widths)
+    return batch
+
+
+def _check_labels(label: Tensor, widths: dict[str, int]) -> None:
+    if label.dim() != 1 or label.is_floating_point() or label.is_complex():
+        raise DataError(f"labels are whole numbers, one a sample; got {label.dtype} of shape {tuple(label.shape)}")
+    low, high = int(label.min()), int(label.max())
+    for role, classes in widths.items():
+        if low < 0 or high >= classes:
+            raise RoleError(f"labels lie between {low} and {high}, but {role} has {classes} classes, 0 to "
+                            f"{classes - 1}; number the labels so, or give a {role} with a class for each")
 
 
 def first_batch(data: Any, needs: tuple[str, ...] = ()) -> dict[str, Any]:

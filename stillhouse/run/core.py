@@ -764,10 +764,10 @@ class Run:
         if self.folder is not None and processes.rank() == 0:
             pictures.save(place(self.folder, self._folder_path()) / "pictures", name, content, columns)
 
-    def check(self, protocol: Any, data: Any, **roles: Any) -> None:
-        """Send one real batch through each role before any work; see `stillhouse.run.check`."""
+    def check(self, protocol: Any, data: Any, labels: bool = False, **roles: Any) -> dict[str, Any]:
+        """Send one real batch through each role before any work, and return it; see `stillhouse.run.check`."""
         with preserved():
-            checking.check(protocol, data, self.device, roles)
+            return checking.check(protocol, data, self.device, roles, labels)
 
 
 def begin(run: Run | None) -> Run:

@@ -52,7 +52,6 @@ from stillhouse.recipes.generations import Terms, generations, pictured, taught
 from stillhouse.recipes.language import check_pairs
 from stillhouse.recipes.views import random_view
 from stillhouse.run import Run, begin
-from stillhouse.run.check import first_batch
 
 NUMBER = 159
 
@@ -193,8 +192,7 @@ def _check(network: Network, labelled: Any, corpus: Any, teacher: Any, config: C
     require(config.generations >= (1 if teacher is not None or config.result == "ensemble" else 0),
             "without children there is nothing to return; generations must be 1 or more")
     if labelled is not None:
-        first_batch(labelled, ("image", "label"))
-        run.check(Classifier, labelled, network=network(), teacher=teacher)
+        run.check(Classifier, labelled, labels=True, network=network(), teacher=teacher)
         return
     require(config.treatment in ("ban", "labels") and config.result == "last" and config.smoothing == 0,
             "language models have the treatments 'ban' and 'labels', without smoothing, and give the last child")

@@ -50,8 +50,6 @@ from stillhouse.recipes import fixmatch, supervised
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import random_view
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 from stillhouse.zoo.classifiers import shelf
 
@@ -161,10 +159,13 @@ def checked(teachers: Sequence[Classifier], student: Classifier, labelled: Any, 
     require(len(teachers) >= 1, "give at least one source model", RoleError)
     require(len(config.taps) in (0, len(teachers)), f"taps names one module path for each source: {len(teachers)} "
             f"sources, got {config.taps}")
-    for data in (labelled, unlabelled):
-        for name, model in [("student", student), *((f"teachers[{i}]", t) for i, t in enumerate(teachers))]:
-            run.check(Classifier, data, **{name: model})
-    return to_device(first_batch(labelled, ("image", "label")), run.device)["image"]
+    few = run.check(Classifier, labelled, labels=True, student=student)
+    run.check(Classifier, unlabelled, student=student)
+    for i, teacher in enumerate(teachers):
+        role: dict[str, Any] = {f"teachers[{i}]": teacher}
+        for data in (labelled, unlabelled):
+            run.check(Classifier, data, **role)
+    return few["image"]
 
 
 def similarities(teachers: Sequence[Any], labelled: Any, config: Config, run: Run) -> dict[str, Tensor]:

@@ -34,11 +34,11 @@ from stillhouse.data.sets import TensorSet, fetch
 from stillhouse.errors import RoleError, require
 from stillhouse.evaluate.claims import Claim
 from stillhouse.evaluate.classification import accuracy
-from stillhouse.evaluate.cost import parameters
+from stillhouse.evaluate.cost import parameters, parameters_of
 from stillhouse.evaluate.zero_cost import PROXIES
 from stillhouse.hub.architectures import built_by, remember
 from stillhouse.measures.zero_cost import class_distance, relation_distance, semantic_distance
-from stillhouse.models.stage_net import OPERATIONS, Architecture, Stage, StageNet, named
+from stillhouse.models.stage_net import OPERATIONS, Architecture, Space, StageNet, mutated, named, sampled
 from stillhouse.parts.stages import stages_of
 from stillhouse.parts.taps import taps
 from stillhouse.protocols import Classifier, LabelledImages, Network
@@ -48,7 +48,6 @@ from stillhouse.recipes.evolution import Scores, evolve, rank_best, sum_best
 from stillhouse.recipes.supervised import check_training
 from stillhouse.recipes.views import random_view
 from stillhouse.run import Run, begin
-from stillhouse.run.check import first_batch
 from stillhouse.run.reading import to_device
 from stillhouse.run.seeds import derive, preserved, reseed
 from stillhouse.zoo.cache import cached
@@ -113,6 +112,11 @@ class Config:
         require(self.budget > 0 and bool(self.depths and self.kernels and self.operations), "budget must be above 0, "
                 "and depths, kernels and operations not empty")
 
+    @property
+    def space(self) -> Space:
+        """What the stages of a candidate may be made of."""
+        return Space(self.operations, self.kernels, self.depths)
+
 
 EMBEDDED = Config(steps=200, optimizer="adamw", lr=0.01, warmup=0.05, weight_decay=1e-4, cycles=150,
                   combine="rank", draws=5)
@@ -132,8 +136,7 @@ def distill(
     run's picture and log.
     """
     run = begin(run)
-    run.check(Classifier, labelled, teacher=teacher)
-    first_batch(labelled, ("image", "label"))
+    run.check(Classifier, labelled, labels=True, teacher=teacher)
     assert isinstance(teacher, nn.Module)
     batch = to_device(fetch(labelled, range(min(config.batch, len(labelled)))), run.device)
     score = scorer(teacher, batch, config, run.seed)
@@ -216,30 +219,10 @@ def search(teacher: nn.Module, batch: dict[str, Tensor], score: Callable[[Networ
     def network(architecture: Architecture) -> Network:
         return stage_net(named(architecture), batch, teacher, config)
 
-    return evolve(lambda draw: sampled(draw, config), lambda a, draw: mutated(a, draw, config),
+    return evolve(lambda draw: sampled(draw, config.space), lambda a, draw: mutated(a, draw, config.space),
                   lambda a: score(network(a)), cycles=config.cycles, population=config.population,
                   tournament=config.tournament, seed=derive("evolve", run.seed), best=best_of(config),
-                  allowed=lambda a: size(network(a)) <= most, track=lambda x: run.track(x, "search"))
-
-
-def size(make: Network) -> int:
-    with preserved(), torch.device("meta"):
-        return parameters(make())
-
-
-def sampled(draw: random.Random, config: Config, stages: int = 3) -> Architecture:
-    return tuple(Stage(draw.choice(config.operations), draw.choice(config.kernels), draw.choice(config.depths))
-                 for _ in range(stages))
-
-
-def mutated(architecture: Architecture, draw: random.Random, config: Config) -> Architecture:
-    """Another operation, kernel or depth in one stage."""
-    where = draw.randrange(len(architecture))
-    space: dict[str, tuple[Any, ...]] = {"operation": config.operations, "kernel": config.kernels,
-                                         "blocks": config.depths}
-    choices = [(name, [v for v in given if v != getattr(architecture[where], name)]) for name, given in space.items()]
-    name, others = draw.choice([c for c in choices if c[1]] or [("blocks", [architecture[where].blocks])])
-    return tuple(s._replace(**{name: draw.choice(others)}) if i == where else s for i, s in enumerate(architecture))
+                  allowed=lambda a: parameters_of(network(a)) <= most, track=lambda x: run.track(x, "search"))
 
 
 def chart(history: list[list[float]], config: Config) -> Any:
@@ -293,7 +276,7 @@ def study(run: Run, g: dict[str, Any]) -> dict[str, float]:
     from scipy.stats import kendalltau, spearmanr
 
     draw = random.Random(0)
-    names = [named(sampled(draw, EMBEDDED)) for _ in range(COUNT)]
+    names = [named(sampled(draw, EMBEDDED.space)) for _ in range(COUNT)]
     kept = ("steps", "batch", "optimizer", "lr", "warmup", "weight_decay", "temperature", "ce", "kd", "width")
     recipe = {"what": "candidates of diswot", "names": names, "version": 2,
               **{field: getattr(EMBEDDED, field) for field in kept}}
@@ -379,8 +362,8 @@ def experiment(run: Run) -> dict[str, dict[str, float]]:
         draw, most = random.Random(run.seed), EMBEDDED.budget * parameters(g["teacher"])
         names: list[str] = []
         while len(names) < 3:
-            name = named(sampled(draw, EMBEDDED))
-            if size(partial(StageNet, name, width=EMBEDDED.width)) <= most:
+            name = named(sampled(draw, EMBEDDED.space))
+            if parameters_of(partial(StageNet, name, width=EMBEDDED.width)) <= most:
                 names.append(name)
         each = []
         for i, name in enumerate(names):

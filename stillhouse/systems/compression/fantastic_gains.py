@@ -58,7 +58,6 @@ from stillhouse.recipes.several_teachers import ORDERS, several_teachers
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import random_view
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
 from stillhouse.run.schedules import cosine
 from stillhouse.zoo.classifiers import SPECIALISTS, specialist, specialists_data
 
@@ -196,14 +195,13 @@ def _check(run: Run, teachers: Sequence[Classifier], student: Classifier, labell
            config: Config) -> Any:
     """Refuse what does not fit together; return the data of the transfer."""
     require(len(teachers) >= 1, "give at least one teacher", RoleError)
+    read = config.reads_labels or config.pretrain > 0
     for given in (labelled, unlabelled):
         if given is not None:
-            run.check(Classifier, given, teachers=list(teachers), student=student)
+            run.check(Classifier, given, labels=read and given is labelled, teachers=list(teachers), student=student)
     require(labelled is not None or unlabelled is not None, "give labelled or unlabelled pictures", DataError)
-    if config.reads_labels or config.pretrain:
-        require(labelled is not None, "partition='labels', alpha below 1 and pretrain read labels: give labelled "
-                "pictures, or partition='confidence'", ConfigError)
-        first_batch(labelled, ("image", "label"))
+    require(labelled is not None or not read, "partition='labels', alpha below 1 and pretrain read labels: give "
+            "labelled pictures, or partition='confidence'", ConfigError)
     if config.reads_labels:
         return labelled if config.share == 1 else subset(
             labelled, balanced_indices(column(labelled, "label"), config.share, run.seed))

@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillhouse.data.digits import digits
-from stillhouse.data.sets import TensorSet, column
-from stillhouse.data.variants import noisy_labels
+from stillhouse.data.sets import TensorSet
+from stillhouse.data.variants import noisy_split
 from stillhouse.errors import RoleError, require
 from stillhouse.evaluate.claims import Claim
 from stillhouse.evaluate.classification import accuracy, predictions
+from stillhouse.evaluate.draws import mean_over_draws
 from stillhouse.measures.ridge import (
     Rounds,
     kernel_matrix,
@@ -53,12 +54,10 @@ from stillhouse.measures.ridge import (
     ridge_spectrum,
 )
 from stillhouse.models.convnets import TinyConvNet
-from stillhouse.parts.heads import feature_width
 from stillhouse.protocols import Classifier, LabelledImages, Network
 from stillhouse.recipes import mixed_targets
 from stillhouse.recipes.generations import generations
 from stillhouse.run import Run, begin
-from stillhouse.run.check import first_batch
 
 NUMBER = 90
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -169,11 +168,7 @@ def check_roles(network: Network, labelled: LabelledImages, validation: Labelled
     fresh = network().to(run.device)
     for given in (labelled, validation):
         if given is not None:
-            run.check(Classifier, given, network=fresh)
-            image = first_batch(given, ("image", "label"))["image"].to(run.device)
-            classes, label = feature_width(fresh, image), column(given, "label")
-            require(int(label.min()) >= 0 and int(label.max()) < classes, f"labels lie between {int(label.min())} and "
-                    f"{int(label.max())}, but the network has {classes} classes", RoleError)
+            run.check(Classifier, given, labels=True, network=fresh)
 
 
 def shares(config: Config) -> Iterator[mixed_targets.Config]:
@@ -295,9 +290,7 @@ def kernel_digits(run: Run, alpha: float | None, rounds: int = 10, kernel: str =
 
 def noisy_digits(seed: int, n: int, noise: float) -> tuple[TensorSet, TensorSet, TensorSet]:
     """`n` digits of 8 pixels with wrong labels to train on, 200 clean ones to validate, 597 to test."""
-    pool = digits(8, "train")
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    return noisy_labels(pool.select(order[:n]), noise, seed), pool.select(order[n : n + 200]), digits(8, "test")
+    return *noisy_split(digits(8, "train"), n, 200, noise, seed), digits(8, "test")
 
 
 def experiment(run: Run) -> dict[str, dict[str, float]]:
@@ -308,11 +301,7 @@ def experiment(run: Run) -> dict[str, dict[str, float]]:
     network = part(TinyConvNet, norm="group")
 
     def over_draws(measure: Callable[[Any, Any, Any], dict[str, float]], noise: float = 0.5) -> dict[str, float]:
-        found = []
-        for draw in range(DRAWS):
-            with run.scope(f"draw {draw}"):
-                found.append(measure(*noisy_digits(1000 * run.seed + draw, 600, noise)))
-        return {name: math.fsum(one[name] for one in found) / DRAWS for name in found[0]}
+        return mean_over_draws(lambda seed: measure(*noisy_digits(seed, 600, noise)), DRAWS, run)
 
     def searched(labelled: Any, validation: Any, test: Any) -> dict[str, float]:
         start = time.process_time()

@@ -45,14 +45,13 @@ from stillhouse.errors import ConfigError, DataError, require
 from stillhouse.evaluate.claims import Arms, Claim
 from stillhouse.evaluate.classification import accuracy
 from stillhouse.measures.divergences import kl
-from stillhouse.measures.ridge import ridge_student, ridge_student_bias, ridge_teacher
+from stillhouse.measures.ridge import ridge_student_errors
 from stillhouse.models.convnets import TinyConvNet
 from stillhouse.protocols import Classifier, LabelledImages, Network
 from stillhouse.recipes import pruning, supervised
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import random_view
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
 from stillhouse.run.schedules import warmup_cosine
 
 NUMBER = 50
@@ -242,31 +241,15 @@ def taught_on_all(make: Callable[[], nn.Module], labelled: Any, steps: int, conf
 
 
 def _check(student: Any, labelled: Any, teacher: Any, network: Any, validation: Any, config: Config, run: Run) -> None:
-    first_batch(labelled, ("image", "label"))
-    run.check(Classifier, labelled, teacher=teacher, student=student, network=network() if network else None)
+    run.check(Classifier, labelled, labels=True, teacher=teacher, student=student,
+              network=network() if network else None)
     require(round(config.fraction * len(labelled)) >= 1, f"a fraction of {config.fraction} keeps none of "
             f"{len(labelled)} pictures; raise it", DataError)
     require(len(labelled) == len(column(labelled, "label")), "every picture needs a label", DataError)
     require(validation is not None or not config.search, "search compares the alphas on labelled pictures: give "
             "validation", ConfigError)
     if validation is not None:
-        run.check(Classifier, validation, student=student)
-        first_batch(validation, ("image", "label"))
-
-
-def bias_and_noise(
-    x: Float[Tensor, "n d"], kept: Tensor, seen: Tensor, theta: Float[Tensor, " d"], lam: float, alpha: float,
-    noise: float, draws: int = 200, seed: int = 0,
-) -> tuple[float, float]:
-    """Ridge regression with y = X theta* + noise, a student on the rows `kept` and a teacher on the rows `seen`: the
-    norm of the student's bias in closed form, and the root of its mean squared deviation from its expectation over
-    `draws` of the noise."""
-    bias = ridge_student_bias(x[kept], x[seen], theta, lam, alpha)
-    generator = torch.Generator().manual_seed(seed)
-    y = (x @ theta)[:, None] + noise * torch.randn(len(x), draws, dtype=x.dtype, generator=generator)
-    learned = ridge_student(x[kept], y[kept], ridge_teacher(x[seen], y[seen], lam), lam, alpha)
-    spread = (learned - (theta + bias)[:, None]).square().sum(0).mean().sqrt()
-    return bias.norm().item(), spread.item()
+        run.check(Classifier, validation, labels=True, student=student)
 
 
 def tiny() -> dict[str, Any]:
@@ -392,7 +375,7 @@ def ridge() -> dict[str, float]:
     found = {}
     for name, seen in (("10%", kept), ("30%", torch.arange(1200)[torch.arange(1200) % 10 < 3]),
                        ("all", torch.arange(1200))):
-        found[f"bias, teacher of {name}"], _ = bias_and_noise(x, kept, seen, theta, 10.0, 1.0, noise=1.0)
+        found[f"bias, teacher of {name}"], _ = ridge_student_errors(x, kept, seen, theta, 10.0, 1.0, noise=1.0)
     for alpha in (0.0, 0.5, 1.0):
-        _, found[f"noise, alpha = {alpha:g}"] = bias_and_noise(x, kept, seen, theta, 10.0, alpha, noise=1.0)
+        _, found[f"noise, alpha = {alpha:g}"] = ridge_student_errors(x, kept, seen, theta, 10.0, alpha, noise=1.0)
     return found

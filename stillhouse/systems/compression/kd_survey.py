@@ -145,8 +145,7 @@ def distill(
         return train_leaf(config.leaf, roles, config.settings(), run)
     require(validation is not None, "leaf='best' chooses by validation pictures with labels; give them, or name a leaf",
             DataError)
-    run.check(Classifier, validation, student=student)
-    first_batch(validation, ("image", "label"))
+    run.check(Classifier, validation, labels=True, student=student)
     table: dict[str, dict[str, Any]] = {}
     for leaf in fitting:
         with run.scope(f"trial {leaf}"):

@@ -39,12 +39,11 @@ from stillhouse.evaluate.long_tail import bias_variance, disagreement, shot_accu
 from stillhouse.measures.classes import logit_adjusted, self_consistency
 from stillhouse.models.convnets import SmallResNet
 from stillhouse.parts.experts import Experts, branched
+from stillhouse.parts.heads import feature_width
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import random_view, strong_view
 from stillhouse.run import Run, begin, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import piecewise, warmup
 
 NUMBER = 158
@@ -125,8 +124,7 @@ def distill(
 ) -> Experts:
     """Experts grown from the student: it is their trunk and the first of them, trained in place."""
     run = begin(run)
-    run.check(Classifier, labelled, student=student)
-    example = to_device(first_batch(labelled, ("image", "label")), run.device)["image"]
+    example = run.check(Classifier, labelled, labels=True, student=student)["image"]
     assert isinstance(student, nn.Module)
     experts = branched(student, example, len(config.exponents), config.split, config.scale, config.fresh)
     counts = counted(labelled, student, example)
@@ -172,15 +170,8 @@ def two_views(image: Tensor, config: Config, run: Run) -> tuple[Tensor, Tensor]:
 
 
 def counted(labelled: LabelledImages, student: Any, example: Tensor) -> Tensor:
-    """n_c for every class of the student. Raises DataError where one has no picture, or a label is none of them."""
-    modes = [(m, m.training) for m in student.modules()]
-    with torch.no_grad():
-        classes = student.eval()(example[:1]).shape[-1]
-    for module, training in modes:
-        module.training = training
-    counts = class_counts(labelled, classes)
-    require(len(counts) == classes, f"the student has {classes} classes, but there are labels up to {len(counts) - 1}",
-            DataError)
+    """n_c for every class of the student. Raises DataError where one has no picture."""
+    counts = class_counts(labelled, feature_width(student, example))
     empty = (counts == 0).nonzero().flatten().tolist()
     require(not empty, f"classes {empty[:5]} of the student have no picture in 'labelled', so they have no prior; give "
             "some, or a student with fewer classes", DataError)

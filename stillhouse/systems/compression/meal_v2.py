@@ -44,8 +44,6 @@ from stillhouse.recipes import kd, supervised
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import crop_view, cutmix, neighbours
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import piecewise
 from stillhouse.zoo.classifiers import digits_classifier
 
@@ -130,11 +128,10 @@ def play(teachers: Sequence[Classifier], student: Classifier, data: AnyImages, u
     """`distill`; returns the discriminator too."""
     run = begin(run)
     require(len(teachers) >= 1, "give at least one teacher, better two or more", RoleError)
-    for given in (data, unlabelled):
-        if given is not None:
-            run.check(Classifier, given, teachers=list(teachers), student=student)
-    wants_labels = config.initial > 0 or config.hard > 0
-    example = to_device(first_batch(data, ("image", "label") if wants_labels else ("image",)), run.device)
+    read = config.initial > 0 or config.hard > 0
+    example = run.check(Classifier, data, labels=read, teachers=list(teachers), student=student)
+    if unlabelled is not None:
+        run.check(Classifier, unlabelled, teachers=list(teachers), student=student)
     assert isinstance(student, nn.Module)
     first = round(config.initial * config.steps)
     if first:

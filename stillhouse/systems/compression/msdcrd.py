@@ -47,7 +47,6 @@ from stillhouse.recipes import crd, kd, supervised
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import random_view
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
 from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 from stillhouse.zoo.classifiers import shapes_classifier
@@ -204,17 +203,17 @@ def by_channel(s: Tensor, t: Tensor, reliable: Tensor | None, config: Config) ->
 def prepare(teacher: Any, student: Any, data: Any, config: Config,
             run: Run) -> tuple[str, str, Regressor, LocalHead | None]:
     """Check everything; the paths of both maps, the projector, and the teacher's head on single places."""
+    read = config.labels or config.ce > 0
     if config.labels or config.kd:
-        run.check(Classifier, data, teacher=teacher, student=student)
+        image = run.check(Classifier, data, labels=read, teacher=teacher, student=student)["image"]
     else:
         run.check(Classifier, data, teacher=teacher)
-        run.check(Classifier, data, student=student)
-    batch = to_device(first_batch(data, ("image", "label") if config.labels else ("image",)), run.device)
-    (t_map, t_shape), (s_map, s_shape) = (last_map(model, batch["image"], path) for model, path in
+        image = run.check(Classifier, data, labels=read, student=student)["image"]
+    (t_map, t_shape), (s_map, s_shape) = (last_map(model, image, path) for model, path in
                                           ((teacher, config.teacher_map), (student, config.student_map)))
     projector = Regressor(s_shape, t_shape, norm=config.norm).to(run.device)
     grouped = config.categories != "none" and config.beta > 0
-    return t_map, s_map, projector, local_head(teacher, batch["image"], t_map) if grouped else None
+    return t_map, s_map, projector, local_head(teacher, image, t_map) if grouped else None
 
 
 def tiny() -> dict[str, Any]:

@@ -48,7 +48,6 @@ from stillhouse.parts.shortcuts import Block, PlainNetwork, remove_shortcuts, re
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
 from stillhouse.run.schedules import warmup_cosine
 from stillhouse.zoo.classifiers import digits_classifier
 
@@ -132,8 +131,7 @@ def distill(
     """Take the shortcuts out of the residual `student`, train it in place and return it with the names of its plain
     blocks. The teacher may be of any kind and any accuracy."""
     run = begin(run)
-    run.check(Classifier, labelled, teacher=teacher, student=student)
-    first_batch(labelled, ("image", "label"))
+    run.check(Classifier, labelled, labels=True, teacher=teacher, student=student)
     assert isinstance(student, nn.Module)
     plain = PlainNetwork(student, remove_shortcuts(student) if config.shortcuts == "removed" else [])
     optimizer = optimizer_for(student.parameters(), config.optimizer, config.lr, config.weight_decay)

@@ -39,7 +39,8 @@ from stillhouse.evaluate.similarity import heat_map, layer_similarity
 from stillhouse.measures.classes import enhanced_cross_entropy
 from stillhouse.models.convnets import ConvNet
 from stillhouse.models.vit import SmallMixer, SmallViT
-from stillhouse.parts.exits import GRID, exit_branches, feature_width
+from stillhouse.parts.exits import GRID, exit_branches, stage_width
+from stillhouse.parts.heads import feature_width
 from stillhouse.parts.stages import stages_of
 from stillhouse.parts.taps import taps
 from stillhouse.protocols import Classifier, LabelledImages
@@ -47,8 +48,6 @@ from stillhouse.recipes import crd, kd, knowledge, supervised
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import mixed, random_view
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import warmup_cosine
 from stillhouse.zoo.classifiers import digits_classifier
 
@@ -128,10 +127,9 @@ def distill(
 ) -> nn.Module:
     """Train the student in place. Its stages must give maps or tokens; the teacher may be anything with its classes."""
     run = begin(run)
-    run.check(Classifier, labelled, teacher=teacher, student=student)
-    example = to_device(first_batch(labelled, ("image", "label")), run.device)["image"]
+    example = run.check(Classifier, labelled, labels=True, teacher=teacher, student=student)["image"]
     assert isinstance(student, nn.Module)
-    classes = classes_of(student, example, run)
+    classes = feature_width(student, example)
     stages, exits = exits_of(teacher, student, example, classes, config)
     exits.to(run.device)
     *stage_eps, eps = config.eps if len(config.eps) > 1 else config.eps * (len(exits) + 1)
@@ -157,12 +155,6 @@ def distill(
     return student
 
 
-def classes_of(model: nn.Module, image: Tensor, run: Run) -> int:
-    """Number of classes that a classifier tells apart."""
-    with run.aside("classes", model):
-        return model(image[:1]).shape[1]
-
-
 def exits_of(teacher: Any, student: nn.Module, image: Tensor, classes: int, config: Config
              ) -> tuple[list[str], nn.ModuleList]:
     """Module paths of the student's stages, and an exit branch for each; none where `ofa` is 0.
@@ -175,7 +167,7 @@ def exits_of(teacher: Any, student: nn.Module, image: Tensor, classes: int, conf
         require(bool(stages), f"no stages were found in the student ({type(student).__name__}); name them with "
                 "student_taps (`still taps MODEL` lists what can be read), or set ofa to 0", RoleError)
         of_teacher = list(stages_of(teacher, image).values()) if isinstance(teacher, nn.Module) else []
-        width = feature_width(of_teacher[-1]) if of_teacher else 0
+        width = stage_width(of_teacher[-1]) if of_teacher else 0
         branches = exit_branches(stages, classes, width, config.grid)
     require(len(config.eps) in (1, len(branches) + 1), f"eps is one exponent, or one for each of {len(branches)} exit "
             f"branches and one for the logits; got {len(config.eps)}")

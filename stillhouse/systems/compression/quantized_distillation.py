@@ -59,7 +59,6 @@ from stillhouse.parts.quantizers import (
 from stillhouse.protocols import Classifier, LabelledImages
 from stillhouse.recipes.supervised import check_training
 from stillhouse.run import Run, begin, frozen, set_lr
-from stillhouse.run.check import first_batch
 from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import cosine, warmup_cosine
 from stillhouse.zoo.classifiers import digits_teacher
@@ -176,8 +175,7 @@ def distill(
     else:
         require(teacher is not None or config.rho == 0, "quantized distillation needs a teacher; give one, or rho=0 to "
                 "train on labels alone", RoleError)
-    run.check(Classifier, labelled, student=student, teacher=teacher)
-    first_batch(labelled, ("image", "label"))
+    run.check(Classifier, labelled, labels=True, student=student, teacher=teacher)
     assert isinstance(student, nn.Module)
     names = quantizable(student, config.tensors, config.keep, config.spare_ends)
     shadow = {name: p for name, p in student.named_parameters() if name in names}

@@ -53,8 +53,6 @@ from stillhouse.recipes.active import Acquired, Query, ask, learn_in_rounds, rea
 from stillhouse.recipes.supervised import check_training
 from stillhouse.recipes.views import random_view
 from stillhouse.run import Run, begin, frozen
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.zoo.classifiers import digits_teacher
 
 NUMBER = 130
@@ -147,10 +145,9 @@ def acquire(teacher: Any, student: Classifier, labelled: LabelledImages, unlabel
             validation: LabelledImages | None, config: Config, run: Run | None) -> Acquired:
     """The algorithm. Raises RoleError or DataError before any work."""
     run = begin(run)
-    run.check(Classifier, labelled, student=student)
-    example = first_batch(labelled, ("image", "label"))["image"]
+    example = run.check(Classifier, labelled, labels=True, student=student)["image"]
     assert isinstance(student, nn.Module)
-    classes = feature_width(student, to_device(example, run.device))
+    classes = feature_width(student, example)
     bought = config.rounds * config.queries
     held_out = 0 if validation is None else len(validation)
     box = BlackBox(teacher, config.answer, max(1, bought + held_out), classes)
@@ -158,7 +155,7 @@ def acquire(teacher: Any, student: Classifier, labelled: LabelledImages, unlabel
     require(bought <= len(unlabelled), f"{config.rounds} rounds of {config.queries} queries need as many pictures; "
             f"there are {len(unlabelled)}", DataError)
     if validation is not None:
-        first_batch(validation, ("image", "label"))
+        run.check(Classifier, validation, labels=True, student=student)
     elif config.rule == "minimax":
         require(config.mistakes is not None, "validation (labelled pictures) tells how often the teacher errs; give "
                 "it, or config.mistakes", RoleError)

@@ -36,10 +36,11 @@ from torch import Tensor, nn
 
 from stillhouse.data.digits import digits
 from stillhouse.data.sets import TensorSet, column
-from stillhouse.data.variants import noisy_labels
+from stillhouse.data.variants import noisy_labels, noisy_split
 from stillhouse.errors import RoleError, require
 from stillhouse.evaluate.claims import Claim
 from stillhouse.evaluate.classification import accuracy
+from stillhouse.evaluate.draws import mean_over_draws
 from stillhouse.evaluate.probes import extract
 from stillhouse.measures.ridge import (
     best_ridge,
@@ -52,12 +53,11 @@ from stillhouse.measures.ridge import (
     self_distilled,
 )
 from stillhouse.models.convnets import TinyConvNet
-from stillhouse.parts.heads import feature_width, replace_head
+from stillhouse.parts.heads import last_linear, replace_head
 from stillhouse.protocols import Classifier, LabelledImages, Network
 from stillhouse.recipes import mixed_targets
 from stillhouse.recipes.softmax_regression import Solution, softmax_regression
 from stillhouse.run import Run, begin
-from stillhouse.run.check import first_batch
 
 NUMBER = 138
 FLIPS = (0.1, 0.2, 0.3, 0.4, 0.45)
@@ -189,7 +189,7 @@ def heads(network: Network, labelled: Any, validation: Any, config: Config, run:
     """Softmax regression on the features before the last linear layer, which are computed once."""
     model = network().to(run.device)
     encoder, _ = replace_head(model)
-    classes = last_linear(model).out_features
+    classes = last_linear(model)[1].out_features
 
     def fit() -> list[dict[str, Tensor]]:
         features, label = extract(encoder, labelled, device=run.device).double(), column(labelled, "label").cpu()
@@ -207,32 +207,20 @@ def heads(network: Network, labelled: Any, validation: Any, config: Config, run:
     for solution in run.once("heads", fit):
         made.append(copy.deepcopy(model))
         with torch.no_grad():
-            for name, value in last_linear(made[-1]).named_parameters():
+            for name, value in last_linear(made[-1])[1].named_parameters():
                 value.copy_(solution[name])
     return made[0], dict(zip(config.xi, made[1:], strict=True))
-
-
-def last_linear(model: nn.Module) -> nn.Linear:
-    """The last linear layer of a network."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    require(bool(linears), f"{type(model).__name__} has no linear layer that could be its head", RoleError)
-    return linears[-1]
 
 
 def check_roles(network: Network, labelled: LabelledImages, validation: LabelledImages | None, config: Config,
                 run: Run) -> None:
     """Refuse pictures that the networks cannot read, labels that they have no class for, and heads that are none."""
     fresh = network().to(run.device)
-    for given in (labelled, validation):
-        if given is None:
-            continue
-        run.check(Classifier, given, network=fresh)
-        image = first_batch(given, ("image", "label"))["image"].to(run.device)
-        classes, label = feature_width(fresh, image), column(given, "label")
-        require(int(label.min()) >= 0 and int(label.max()) < classes, f"labels lie between {int(label.min())} and "
-                f"{int(label.max())}, but the network has {classes} classes", RoleError)
+    image = run.check(Classifier, labelled, labels=True, network=fresh)["image"]
+    if validation is not None:
+        run.check(Classifier, validation, labels=True, network=fresh)
     if config.trained == "head":
-        head = last_linear(fresh)
+        _, head = last_linear(fresh)
         encoder, _ = replace_head(fresh)
         with torch.no_grad():
             same = head(encoder.eval()(image).flatten(1)), fresh.eval()(image)
@@ -284,19 +272,13 @@ def linear_network(classes: int = 10) -> nn.Module:
 
 def over_draws(measure: Callable[..., dict[str, float]], run: Run, draws: int, *given: Any, **options: Any
                ) -> dict[str, float]:
-    """The mean of a measurement over draws of the data and of the noise."""
-    found = []
-    for draw in range(draws):
-        with run.scope(f"draw {draw}"):
-            found.append(measure(run, 1000 * run.seed + draw, *given, **options))
-    return {name: math.fsum(one[name] for one in found) / draws for name in found[0]}
+    return mean_over_draws(lambda seed: measure(run, seed, *given, **options), draws, run)
 
 
 def splits(seed: int, noise: float, into: tuple[int, ...] | None = None) -> tuple[TensorSet, TensorSet, TensorSet]:
     """600 digits of 8 pixels in [0, 1] with wrong labels, 200 clean ones to validate, 597 to test."""
     pool, test = (part.with_fields(image=(part.image + 1) / 2) for part in (digits(8, "train"), digits(8, "test")))
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    return noisy_labels(pool.select(order[:600]), noise, seed, into=into), pool.select(order[600:800]), test
+    return *noisy_split(pool, 600, 200, noise, seed, into), test
 
 
 CONFUSED = (6, 7, 3, 8, 9, 3, 0, 1, 3, 4)

@@ -39,8 +39,6 @@ from stillhouse.recipes import transformed
 from stillhouse.recipes.supervised import check_training, optimizer_for
 from stillhouse.recipes.views import random_view
 from stillhouse.run import Run, begin, set_lr
-from stillhouse.run.check import first_batch
-from stillhouse.run.reading import to_device
 from stillhouse.run.schedules import piecewise, warmup_cosine
 
 NUMBER = 32
@@ -112,8 +110,7 @@ def distill(
     """Train the student in place, with a joint head on its features; both are returned, and a call asks the one that
     `config.inference` names. The student alone is a plain classifier as well (SLA+SD)."""
     run = begin(run)
-    run.check(Classifier, labelled, student=student)
-    example = to_device(first_batch(labelled, ("image", "label")), run.device)["image"]
+    example = run.check(Classifier, labelled, labels=True, student=student)["image"]
     assert isinstance(student, nn.Module)
     model = label_augmented(student, example, config.transformations, config.inference)
     count = model.count

@@ -250,9 +250,9 @@ def _check(run: Run, network: Network, labelled: LabelledImages, teachers: Traje
            validation: LabelledImages | None, config: Config) -> TensorSet:
     """Raise before any work; return the real data in memory."""
     template = network()
-    run.check(Classifier, labelled, network=template)
+    run.check(Classifier, labelled, labels=True, network=template)
     if validation is not None:
-        run.check(Classifier, validation, network=template)
+        run.check(Classifier, validation, labels=True, network=template)
     run.shard(range(config.experts_per_step))
     real = as_tensor_set(labelled)
     require("label" in real.fields, f"distilling needs labels, the data has only {real.fields}", DataError)
