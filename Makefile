@@ -39,11 +39,11 @@ tests: $(READY)
 	@echo "tests (two workers)"
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
 
-vision:  ## the adapters to timm and torchvision, in an environment of their own with the stock wheels: some GB
+vision:  ## timm and torchvision with the systems on them, in an environment of their own: some GB
 	@test -x .venv-vision/bin/python || $(PYTHON) -m venv .venv-vision
 	@.venv-vision/bin/pip install --quiet --disable-pip-version-check torch torchvision timm
 	@.venv-vision/bin/pip install --quiet --disable-pip-version-check -e '.[hf,vision]' pytest pytest-xdist beartype
-	@.venv-vision/bin/python -m pytest -n 0 tests/test_hub_vision.py
+	@.venv-vision/bin/python -m pytest -n 0 tests/test_hub_vision.py tests/test_systems_vision.py
 
 docs: $(READY)  ## build the site into site/, offline, warnings as errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from stillhouse.deploy import targets
 from stillhouse.errors import ConfigError, MissingExtraError, RoleError, UnknownNameError
 from stillhouse.hub.architectures import describe, rebuild
 from stillhouse.hub.models import resolve_model
@@ -148,6 +149,17 @@ def test_weights_of_ones_own(libraries, library, tmp_path, monkeypatch):
     save_file(loaded.state_dict(), "saved.safetensors")
     again = resolve_model("saved.safetensors", Classifier, arch=f"{library}:resnet_a:num_classes=3")
     assert torch.equal(again(image), loaded(image))
+
+
+@LIBRARIES
+def test_a_result_that_is_not_what_was_given(libraries, library, tmp_path):
+    """As of a search among candidates: the result says what it is, not the teacher."""
+    target = resolve_model(f"{library}:resnet_a:num_classes=4", Network)()
+    about = targets.About("diswot", kind="Classifier", network={"text": "resnet:width=4"})
+    targets.save(target, tmp_path, about)
+    again = targets.load(tmp_path)
+    image = torch.rand(2, 3, 8, 8)
+    assert torch.equal(again(image), target.eval()(image))
 
 
 @LIBRARIES

@@ -11,6 +11,7 @@ from stillhouse.models.vit import SmallMixer, SmallViT
 from stillhouse.parts.ensembles import answers, mean_log_probs
 from stillhouse.parts.regressors import Regressor
 from stillhouse.parts.stages import feature_map, grid_of, pooled, stages_of
+from stillhouse.parts.taps import taps
 
 IMAGE = torch.randn(3, 1, 16, 16)
 
@@ -27,6 +28,51 @@ def test_stages_are_found_shallow_to_deep(network, expected):
     network.train()
     assert stages_of(network, IMAGE) == expected
     assert all(m.training for m in network.modules()) and not any(m._forward_hooks for m in network.modules())
+
+
+def of_torchvision(expansion):
+    """A ResNet in torchvision's form: each stage a list of blocks; with `expansion` the block that leaves a stage
+    begins at its resolution."""
+    def block(a, b, stride):
+        inner = [nn.Conv2d(a, 2, 1), nn.BatchNorm2d(2)] if expansion else []
+        return nn.Sequential(*inner, nn.Conv2d(2 if expansion else a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU())
+
+    net = nn.Sequential()
+    net.add_module("conv1", nn.Conv2d(1, 4, 3, 2, 1))
+    for i, (a, b) in enumerate([(4, 4), (4, 8), (8, 16)]):
+        net.add_module(f"layer{i + 1}", nn.Sequential(block(a, b, 1 + (i > 0)), block(b, b, 1)))
+    return nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("expansion", [False, True])
+def test_a_stage_that_is_a_list_of_blocks_is_one_of_several(expansion):
+    found = stages_of(of_torchvision(expansion), IMAGE)
+    assert found == {"0.layer1": (4, 8, 8), "0.layer2": (8, 4, 4), "0": (16, 2, 2)}
+
+
+class ChannelsLast(nn.Module):
+    """Maps as in timm's Swin, which says so; blocks with names of their own, as in torchvision's transformers."""
+
+    output_fmt = "NHWC"
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Conv2d(1, 6, 4, 4)
+        self.layers = nn.Sequential()
+        for i in range(2):
+            self.layers.add_module(f"layer_{i}", nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6)))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layers(self.enter(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_maps_with_channels_last_are_turned():
+    model = ChannelsLast()
+    assert stages_of(model, IMAGE) == {f"layers.layer_{i}": (6, 4, 4) for i in range(2)}
+    with taps(model, ["layers.layer_1"]) as features:
+        z = model(IMAGE)
+    assert torch.allclose(model.head(features["layers.layer_1"].mean((2, 3))), z, atol=1e-6)
 
 
 def test_stages_of_models_of_transformers():

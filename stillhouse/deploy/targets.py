@@ -107,8 +107,8 @@ def save(target: Any, folder: Path | str, about: About, tokenizer: Any = None) -
     else:
         save_tree(folder / WEIGHTS, dict(target.state_dict()))
     about.target = type(target).__name__
-    if isinstance(target, nn.Module) and remembered(target):
-        about.network = describe(target)
+    if isinstance(target, nn.Module) and (remembered(target) or not hasattr(target, "save")):
+        about.network = describe(target) or about.network
     settings = getattr(target, "generation_config", None)
     if settings is not None:
         write_text(folder / GENERATION, settings.to_json_string(use_diff=False))

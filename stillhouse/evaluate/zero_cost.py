@@ -71,7 +71,7 @@ def synflow(model: nn.Module, image: Images, label: Labels | None = None) -> flo
             with torch.no_grad():
                 for p, sign in signs.items():
                     p.mul_(sign)
-    return float(torch.as_tensor(total).log())
+    return float(torch.as_tensor(total).detach().log())
 
 
 def nwot(model: nn.Module, image: Images, label: Labels | None = None) -> float:

@@ -24,9 +24,9 @@ def stages_of(model: nn.Module, image: Tensor, paths: Sequence[str] = ()) -> dic
     (channels, height, width) or tokens (tokens, width).
 
     `paths` names them; otherwise at most four are found. In a transformer or mixer they are blocks of its column, the
-    last of each resolution or spaced as in `SPACED`; in a convolutional network the last module of each resolution
-    above 1 x 1. The model is left as it was. Raises UnknownNameError for a path it does not have, RoleError for one
-    that gives neither maps nor tokens.
+    last of each resolution or spaced as in `SPACED`; in a convolutional network the stages, or else the last module of
+    each resolution above 1 x 1 (of square pictures square ones only). The model is left as it was. Raises
+    UnknownNameError for a path it does not have, RoleError for one that gives neither maps nor tokens.
     """
     called = _outputs(model, image[:2], paths)
     if paths:
@@ -58,7 +58,9 @@ def _outputs(model: nn.Module, image: Tensor, paths: Sequence[str]) -> dict[str,
             handles = [model.get_submodule(name).register_forward_hook(counter(name)) for name in names]
             model.eval()(image)
         once = [n for n in order if n in features and (paths or count[n] == 1)]
-        return {n: tuple(features[n].shape[1:]) for n in dict.fromkeys(once) if len(features[n]) == len(image)}
+        found = {n: tuple(features[n].shape[1:]) for n in dict.fromkeys(once) if len(features[n]) == len(image)}
+        square = not paths and image.shape[2] == image.shape[3]
+        return {n: s for n, s in found.items() if not (square and len(s) == 3 and s[1] != s[2])}
     finally:
         for handle in handles:
             handle.remove()
@@ -71,13 +73,15 @@ def _column(model: nn.Module, called: dict[str, Shape]) -> dict[str, Shape]:
     for name, container in model.named_modules():
         if not isinstance(container, nn.ModuleList | nn.Sequential) or len(container) < 2:
             continue
-        blocks = [f"{name}.{i}" if name else str(i) for i in range(len(container))]
+        blocks = [f"{name}.{child}" if name else child for child, _ in container.named_children()]
         one_kind = len({type(block) for block in container}) == 1
         composite = all(len(list(block.modules())) > 3 for block in container)
         forms = {len(called.get(b, ())) for b in blocks}
         if not (one_kind and composite and forms in ({2}, {3})):
             continue
         last = {called[b][:1] if len(called[b]) == 2 else called[b][1:]: b for b in blocks}
+        if forms == {3} and _others(called, called[blocks[-1]], len(last) == 1):
+            continue  # one stage of several, each a list of blocks
         if len(last) > 1:
             return {b: called[b] for b in list(last.values())[-MOST:]}
         if len(blocks) <= MOST:
@@ -86,10 +90,24 @@ def _column(model: nn.Module, called: dict[str, Shape]) -> dict[str, Shape]:
     return {}
 
 
+def _others(called: dict[str, Shape], end: Shape, higher: bool) -> bool:
+    """Whether modules return maps of a resolution, above 1 x 1, that is lower than that of `end`, or also `higher`."""
+    places = {shape[1] * shape[2] for shape in called.values() if len(shape) == 3} - {1}
+    own = end[1] * end[2]
+    return any(n < own or (higher and n > own) for n in places)
+
+
 def _resolutions(called: dict[str, Shape]) -> dict[str, Shape]:
-    """The last module of each resolution."""
-    last = {shape[1:]: path for path, shape in called.items() if len(shape) == 3 and shape[1] * shape[2] > 1}
-    return {path: called[path] for path in list(last.values())[-MOST:]}
+    """The last module of each resolution: the end of a stage rather than the inside of the block that leaves it."""
+    inside: dict[Shape, dict[str, int]] = {}
+    for path, shape in called.items():
+        if len(shape) == 3 and shape[1] * shape[2] > 1:
+            above = [called.get(path.rsplit(".", i)[0], ()) for i in range(1, path.count(".") + 1)]
+            others = sum(len(a) == 3 and a[1:] != shape[1:] for a in above)
+            inside.setdefault(shape[1:], {})[path] = others
+    last = [[path for path, others in found.items() if others <= min(found.values()) + 1][-1]
+            for found in inside.values()]
+    return {path: called[path] for path in sorted(last, key=list(called).index)[-MOST:]}
 
 
 def grid_of(tokens: int) -> tuple[int, int]:

@@ -25,8 +25,9 @@ class Features(dict[str, Tensor]):
 def taps(model: nn.Module, paths: Sequence[str]) -> Iterator[Features]:
     """Record the outputs of the modules at `paths` (dotted names, "" is the model itself) at every forward pass.
 
-    Of a tuple or a mapping the first tensor is taken. Gradients flow through. All hooks are removed at the end, on
-    exceptions too. Raises UnknownNameError for a path the model does not have, with those nearest to it.
+    Of a tuple or a mapping the first tensor is taken. Square maps of a model that keeps its channels last (Swin of timm
+    and torchvision) are given as [n, channels, height, width]. Gradients flow through. All hooks are removed at the
+    end, on exceptions too. Raises UnknownNameError for a path the model does not have, with those nearest to it.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in paths:
@@ -35,10 +36,11 @@ def taps(model: nn.Module, paths: Sequence[str]) -> Iterator[Features]:
             raise UnknownNameError(f"the model has no module '{path}'; near to it: {', '.join(near)}. "
                                    "list_taps(model, example) shows them all")
     features = Features()
+    turned = any(_channels_last(module) for module in modules.values())
     handles = []
     try:
         for path in paths:
-            handles.append(modules[path].register_forward_hook(_recorder(features, path)))
+            handles.append(modules[path].register_forward_hook(_recorder(features, path, turned)))
         yield features
     finally:
         for handle in handles:
@@ -61,13 +63,21 @@ def list_taps(model: nn.Module, example: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(value.shape) for path, value in features.items()}
 
 
-def _recorder(features: Features, path: str) -> Any:
+def _recorder(features: Features, path: str, turned: bool) -> Any:
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
         value = _first_tensor(output)
         if value is not None:
-            features[path] = value
+            last = turned and value.dim() == 4 and value.shape[1] == value.shape[2] != value.shape[3]
+            features[path] = value.permute(0, 3, 1, 2) if last else value
 
     return record
+
+
+def _channels_last(module: nn.Module) -> bool:
+    """Whether a model of timm says so, or it is torchvision's Swin, which does not say."""
+    kind = type(module)
+    return str(getattr(module, "output_fmt", "")) == "NHWC" or (
+        kind.__name__ == "SwinTransformer" and kind.__module__.startswith("torchvision."))
 
 
 def _first_tensor(output: Any) -> Tensor | None:

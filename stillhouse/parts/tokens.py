@@ -66,7 +66,7 @@ def _blocks(model: nn.Module, called: Mapping[str, tuple[int, ...]]) -> list[str
     for name, container in model.named_modules():
         if not isinstance(container, nn.ModuleList | nn.Sequential) or len(container) <= len(best):
             continue
-        paths = [f"{name}.{i}" if name else str(i) for i in range(len(container))]
+        paths = [f"{name}.{child}" if name else child for child, _ in container.named_children()]
         one_kind = len({type(block) for block in container}) == 1
         composite = all(len(list(block.modules())) > 3 for block in container)
         if one_kind and composite and len({called.get(path) for path in paths}) == 1 and paths[0] in called:

@@ -107,7 +107,8 @@ def _one_score(labelled: Any, network: nn.Module, steps: int, config: Config, ru
         logits = network(view(batch["image"]) if view else batch["image"])
         if config.way == "forgetting":
             right = (logits.argmax(1) == batch["label"]).float()
-            where, now = run.gather(torch.stack([batch["index"].float(), right], 1)).cpu().unbind(1)
+            told = run.gather(torch.stack([batch["index"].float(), right], 1)).cpu()
+            where, now = told.to(seen.right.dtype).unbind(1)
             at = where.long()
             seen.forgotten[at] += seen.right[at] * (1 - now)
             seen.right[at] = now
