@@ -93,6 +93,13 @@ WORDS = {
     "rad": ["--teacher", "tiny-convnet", "--student", "hf:vit", "--labelled", "digits16:labelled", "--unlabelled",
             "digits16:test", "--validation", "digits16:labelled", "--config.steps", "2", "--config.batch", "8",
             "--config.rounds", "1", "--config.queries", "4"],
+    "sd-darts": ["--labelled", "digits:labelled", "--config.steps", "4", "--config.search", "0.5",
+                 "--config.batch", "8", "--config.nodes", "2", "--config.cells", "2", "--config.channels", "2",
+                 "--config.final-cells", "2", "--config.final-channels", "2", "--config.interval", "1",
+                 "--config.final.batch", "8"],
+    "amd": ["--teacher", "vit:depth=2,width=8,heads=2", "--labelled", "digits16:test", "--validation",
+            "digits16:labelled", "--config.steps", "6", "--config.batch", "8", "--config.scale", "0.6",
+            "--config.candidates", "0.7", "0.8"],
     "nonresidual-kd": ["--teacher", "tiny-convnet", "--student", "resnet:width=4", "--labelled", "digits16:test",
                        "--config.steps", "2", "--config.batch", "8"],
 }

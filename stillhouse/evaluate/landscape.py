@@ -115,10 +115,12 @@ def _product(gradient: Sequence[Tensor], parameters: Sequence[Tensor], vector: S
 
 
 def largest_curvature(
-    loss: Loss, parameters: Sequence[Tensor], iterations: int = 20, seed: int = 0, tolerance: float = 1e-3
+    loss: Loss, parameters: Sequence[Tensor], iterations: int = 20, seed: int = 0, tolerance: float = 1e-3,
+    shift: float = 0.0
 ) -> tuple[float, list[Tensor]]:
     """The eigenvalue of the Hessian of largest size, and its unit eigenvector, by power iteration; it stops where the
-    eigenvalue changes by less than `tolerance` of itself. The gradient's graph is built once."""
+    eigenvalue changes by less than `tolerance` of itself. The gradient's graph is built once. Its sign is that of the
+    Rayleigh quotient. With a `shift` it is the eigenvalue farthest from that number (iteration on H - shift I)."""
     require(iterations >= 1, f"iterations must be 1 or more, not {iterations}")
     parameters = list(parameters)
     generator = torch.Generator().manual_seed(seed)
@@ -127,11 +129,46 @@ def largest_curvature(
     value = 0.0
     for _ in range(iterations):
         product = [h.detach() for h in _product(gradient, parameters, vector)]
+        if shift:
+            product = [h - shift * v for h, v in zip(product, vector, strict=True)]
         before, value = value, float(sum((h * v).sum() for h, v in zip(product, vector, strict=True)))
         vector = _unit(product)
         if abs(value - before) <= tolerance * abs(value):
             break
-    return value, vector
+    return value + shift, vector
+
+
+def extreme_curvatures(
+    loss: Loss, parameters: Sequence[Tensor], iterations: int = 20, seed: int = 0, tolerance: float = 1e-3
+) -> tuple[float, float]:
+    """The dominant eigenvalue of the Hessian (of largest size, with its sign) and the algebraically largest one: the
+    same where it is positive, otherwise the one farthest from it."""
+    dominant = largest_curvature(loss, parameters, iterations, seed, tolerance)[0]
+    if dominant >= 0:
+        return dominant, dominant
+    return dominant, largest_curvature(loss, parameters, iterations, seed, tolerance, shift=dominant)[0]
+
+
+@torch.no_grad()
+def mean_sharpness(
+    loss: Loss, parameters: Sequence[Tensor], radius: float = 0.05, directions: int = 16, seed: int = 0
+) -> float:
+    """E_d [L(theta + radius d) - L(theta)] over random unit directions d, each taken with its opposite, so that the
+    slope at theta cancels; about radius^2 / 2 times the mean eigenvalue of the Hessian.
+
+    The same seed gives the same directions. Raises ConfigError for a radius or number of directions of 0 or less.
+    """
+    require(radius > 0 and directions >= 1, f"radius must be above 0 and directions 1 or more; got {radius} and "
+            f"{directions}")
+    generator = torch.Generator().manual_seed(seed)
+    before, total = loss(), 0.0
+    with _restored(parameters) as values:
+        for _ in range(directions):
+            d = _unit([torch.randn(p.shape, generator=generator).to(p) for p in parameters])
+            for sign in (radius, -radius):
+                _move(parameters, values, [(sign, d)])
+                total += float(loss() - before)
+    return total / (2 * directions)
 
 
 def _unit(vector: Sequence[Tensor]) -> list[Tensor]:

@@ -21,11 +21,13 @@ from stillhouse.diffusion.samplers import FewStepSampler
 from stillhouse.errors import ConfigError, DamagedFileError, RoleError, UnknownNameError, require
 from stillhouse.hub.architectures import TARGET, rebuild, refuse_words, remember
 from stillhouse.hub.refusals import PICKLE, looks_foreign, read_json
-from stillhouse.models import convnets, flows, gnn, language, recurrent, stage_net, vit
+from stillhouse.models import cells, convnets, flows, gnn, language, recurrent, stage_net, vit
 from stillhouse.parts.ensembles import FILE as ENSEMBLE
 from stillhouse.parts.ensembles import Ensemble
 from stillhouse.parts.experts import FILE as EXPERTS
 from stillhouse.parts.experts import Experts
+from stillhouse.parts.nested import FILE as SLICE
+from stillhouse.parts.nested import Slice
 from stillhouse.parts.packed import LAYOUT as QUANTIZED
 from stillhouse.parts.packed import QuantizedModel
 from stillhouse.parts.surgeon import FILE as PRUNED
@@ -47,7 +49,7 @@ EMBEDDED: dict[str, Callable[..., nn.Module]] = {
     "convnet": convnets.ConvNet, "tiny-convnet": convnets.TinyConvNet, "resnet": convnets.SmallResNet,
     "vgg": convnets.SmallVGG, "alexnet": convnets.SmallAlexNet, "lenet": convnets.LeNet, "mlp": convnets.MLP,
     "conv-encoder": convnets.ConvEncoder, "vit": vit.SmallViT, "mixer": vit.SmallMixer, "gnn": gnn.GNN,
-    "stage-net": stage_net.StageNet,
+    "stage-net": stage_net.StageNet, "cell-net": cells.CellNet,
     "point-flow": flows.point_flow, "picture-flow": _picture_flow,
     "gpt2": language.gpt2, "opt": language.opt, "llama": language.llama,
     "lstm": recurrent.LSTMLanguageModel,
@@ -300,6 +302,8 @@ def _with_weights(path: Path, arch: str | None, zoo: Mapping[str, Callable[..., 
         return QuantizedModel.load(path.parent, build()).model
     if (path.parent / EXPERTS).is_file():
         return Experts.load(path.parent, build())
+    if (path.parent / SLICE).is_file():
+        return Slice.load(path.parent, build())
     return load_weights(build(), path)
 
 

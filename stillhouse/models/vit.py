@@ -38,13 +38,13 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         require(width % heads == 0, f"the width must be a multiple of the number of heads; got {width} and {heads}")
-        self.heads = heads
+        self.heads, self.head_width = heads, width // heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        n, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
+        n, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

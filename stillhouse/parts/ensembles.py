@@ -37,6 +37,23 @@ def mean_log_probs(logits: Float[Tensor, "teachers batch classes"], temperature:
     return log_p.logsumexp(0) - torch.tensor(len(logits), dtype=log_p.dtype).log()
 
 
+def vote_log_probs(logits: Float[Tensor, "teachers batch classes"], rule: str = "mean", temperature: float = 1.0,
+                   scores: Float[Tensor, " teachers"] | None = None) -> Float[Tensor, "batch classes"]:
+    """log p_vote of several teachers: by "mean" of their probabilities at this temperature, by "majority" (the share of
+    teachers whose first choice a class is; -inf for a class without a vote) or "weighted", by the mean under
+    softmax(-scores), where a score is a loss. Raises ConfigError for another rule, RoleError for missing scores."""
+    if rule == "mean":
+        return mean_log_probs(logits, temperature)
+    if rule == "majority":
+        first = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
+        return first.to(logits.dtype).mean(0).log()
+    require(rule == "weighted", f"teachers vote by 'mean', 'majority' or 'weighted', not {rule!r}")
+    require(scores is not None and scores.shape == logits.shape[:1], "a weighted vote needs one score per teacher",
+            RoleError)
+    assert scores is not None
+    return (log_probs(logits, temperature) + (-scores).log_softmax(0).to(logits)[:, None, None]).logsumexp(0)
+
+
 FILE = "ensemble.json"
 """The file beside the weights of a saved ensemble that says how many members it has."""
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from stillhouse.data.densities import gauss2d, ring
 from stillhouse.data.digits import digits
+from stillhouse.data.sets import concatenate
 from stillhouse.diffusion.denoise import NetworkDenoiser
 from stillhouse.diffusion.grids import uniform
 from stillhouse.diffusion.process import VE, VPCosine
@@ -41,9 +42,9 @@ class Ground:
     """What everyone gets and how everyone is measured.
 
     `roles(run, **options)` makes fresh models and data for one entrant, `measure(target, run)` its metrics, the first
-    of which ranks the entrants. `baselines` enter with every comparison. `budget` is set on every field of that name
-    in an entrant's config; what it counts is said in `sentence`. `students` are the options of `roles` for students of
-    several sizes, by name; everyone distils into each, and the one called `main` ranks.
+    of which ranks the entrants. `baselines`, functions of (run, roles), enter with every comparison. `budget` is set on
+    every field of that name in an entrant's config; what it counts is said in `sentence`. `students` are the options of
+    `roles` for students of several sizes, by name; everyone distils into each, and the one called `main` ranks.
     """
 
     title: str
@@ -52,7 +53,7 @@ class Ground:
     budget: dict[str, Any]
     roles: Callable[..., Roles]
     measure: Callable[[Any, Run], Metrics]
-    baselines: dict[str, Callable[[Run, Roles], Any]]
+    baselines: dict[str, Callable[..., Any]]
     students: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     main: str = ""
 
@@ -66,14 +67,23 @@ def enter(ground: Ground, module: Any, run: Run, config: dict[str, Any] | None =
     """
     run.begin()
     roles = ground.roles(run, **options or {})
+    return _timed(ground, run, lambda: distilled(ground, module, roles, run, config))
+
+
+def distilled(ground: Ground, module: Any, roles: Roles, run: Run, config: dict[str, Any] | None = None) -> Any:
+    """What a system's `distill` makes of a ground's roles; see `enter`."""
     wanted = inspect.signature(module.distill).parameters
     absent = [name for name, p in wanted.items() if p.default is inspect.Parameter.empty and name not in roles]
     require(not absent, f"the ground '{ground.title}' has no {' and no '.join(absent)}; it has {', '.join(roles)}",
             RoleError)
-    fields = {f.name for f in dataclasses.fields(module.EMBEDDED)}
-    changes = {**{k: v for k, v in ground.budget.items() if k in fields}, **(config or {})}
     given = {name: roles[name] for name in wanted if name in roles}
-    return _timed(ground, run, lambda: module.distill(**given, config=_changed(module.EMBEDDED, changes), run=run))
+    return module.distill(**given, config=config_on(ground, module, config), run=run)
+
+
+def config_on(ground: Ground, module: Any, config: dict[str, Any] | None = None) -> Any:
+    """A system's `EMBEDDED` config with the ground's budget and the changes in `config`."""
+    fields = {f.name for f in dataclasses.fields(module.EMBEDDED)}
+    return _changed(module.EMBEDDED, {**{k: v for k, v in ground.budget.items() if k in fields}, **(config or {})})
 
 
 def baseline(ground: Ground, name: str, run: Run, options: dict[str, Any] | None = None) -> Metrics:
@@ -98,7 +108,7 @@ def _timed(ground: Ground, run: Run, work: Callable[[], Any]) -> Metrics:
 
 # -------------------------------------------------------------------- digits: a small classifier from a big one
 
-_TRAINING: dict[str, Any] = {"steps": 500, "batch": 64, "optimizer": "adamw", "lr": 0.02, "weight_decay": 1e-4}
+_TRAINING: dict[str, Any] = {"steps": 500, "batch": 64, "optimizer": "adamw", "weight_decay": 1e-4}
 _LABELLED, _UNLABELLED = 100, 1000
 
 
@@ -125,14 +135,20 @@ def _digits_measure(target: Any, run: Run) -> Metrics:
             "kilobytes": (bits or full_bits(target)) / 8192}
 
 
-def _student_alone(run: Run, roles: Roles) -> nn.Module:
-    return supervised.train(roles["student"], roles["labelled"], supervised.Config(**_TRAINING), run,
+def _student_alone(run: Run, roles: Roles, lr: float = 0.02) -> nn.Module:
+    return supervised.train(roles["student"], roles["labelled"], supervised.Config(**_TRAINING, lr=lr), run,
                             lambda x: random_view(x, run))
 
 
-def _plain_kd(run: Run, roles: Roles) -> nn.Module:
-    return kd.distill(roles["teacher"], roles["student"], roles["labelled"], kd.Config(**_TRAINING), run,
+def _plain_kd(run: Run, roles: Roles, lr: float = 0.02) -> nn.Module:
+    return kd.distill(roles["teacher"], roles["student"], roles["labelled"], kd.Config(**_TRAINING, lr=lr), run,
                       lambda x: random_view(x, run))
+
+
+def _kd_without_labels(run: Run, roles: Roles, lr: float = 0.02) -> nn.Module:
+    pool = concatenate(roles["labelled"].without("label"), roles["unlabelled"])
+    return kd.distill(roles["teacher"], roles["student"], None, kd.Config(**_TRAINING, lr=lr, alpha=1.0), run,
+                      lambda x: random_view(x, run), unlabelled=pool)
 
 
 # -------------------------------------------------------------------- gauss2d: one-step samplers of a known density
@@ -188,7 +204,7 @@ GROUNDS = {
         {"accuracy": "higher", "training seconds": "lower", "parameters": "lower", "kilobytes": "lower"},
         {"steps": 500, "batch": 64, "view": 1.0}, _digits_roles, _digits_measure,
         {"the teacher itself": lambda run, roles: roles["teacher"], "student alone": _student_alone,
-         "plain KD": _plain_kd},
+         "plain KD on all pictures": _kd_without_labels, "plain KD": _plain_kd},
         {"1,200 parameters": {"width": 4}, "4,600 parameters": {"width": 8}, "17,000 parameters": {"width": 16}},
         "4,600 parameters"),
     "gauss2d": Ground(

@@ -120,8 +120,8 @@ class Config:
         return self.ce > 0 or self.categories == "label" or not self.same_class
 
 
-EMBEDDED = Config(steps=300, batch=64, optimizer="adamw", lr=0.01, warmup=0.05, weight_decay=1e-4, beta=2.0,
-                  tau=0.2)
+EMBEDDED = Config(steps=300, batch=64, optimizer="adamw", lr=0.01, warmup=0.05, weight_decay=1e-4, beta=4.0,
+                  tau=0.4)
 
 
 def distill(
@@ -242,8 +242,9 @@ def ground() -> dict[str, TensorSet]:
 
 
 def experiment(run: Run) -> dict[str, dict[str, float]]:
-    """All arms with the same student, steps and batch; "local cosine" is the mean cosine of the student's (projected)
-    and the teacher's features in windows of a quarter of the map, on the test pictures."""
+    """All arms with the same student, steps and batch, and beta and tau tuned for either contrast; "local cosine" is
+    the mean cosine of the student's (projected) and the teacher's features in windows of a quarter of the map, on the
+    test pictures."""
     g = ground()
     teacher = shapes_classifier(width=TEACHER).to(run.device)
     shared = {name: getattr(EMBEDDED, name) for name in ("steps", "batch", "optimizer", "lr", "warmup", "weight_decay")}
@@ -264,13 +265,13 @@ def experiment(run: Run) -> dict[str, dict[str, float]]:
         return {**right(student), "local cosine": near.mean().item()}
 
     def crd_arm() -> dict[str, float]:
-        config = crd.Config(**shared, crd=1.0, tau=EMBEDDED.tau, negatives=128, width=64)
+        config = crd.Config(**shared, crd=1.0, tau=0.2, negatives=128, width=64)
         return right(crd.distill(teacher, new(), g["train"], config, run))
 
     return run.arms(
         {"labels": lambda: right(supervised.train(new(), g["train"], supervised.Config(**shared), run)),
          "kd": lambda: right(kd.distill(teacher, new(), g["train"], kd.Config(**shared), run)),
-         "global only": lambda: ours(scales=(1.0,), feature=0.0, categories="none"),
+         "global only": lambda: ours(scales=(1.0,), feature=0.0, categories="none", beta=8.0, tau=0.8),
          "msdcrd": lambda: ours()},
         extended={
             "sample-wise only": lambda: ours(feature=0.0),
