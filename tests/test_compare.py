@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.tuning import best_rate, chosen
 from stillhouse import catalog, cli, compare
 from stillhouse.data.sets import TensorSet
 from stillhouse.errors import ConfigError, RoleError, UnknownNameError
@@ -157,3 +158,31 @@ def test_a_run_that_diverged_leaves_a_gap_not_a_number():
     mean, low, high = compare.gains(comparison, "a")
     assert mean == pytest.approx(1.0) and math.isfinite(low) and math.isfinite(high)
     assert len(compare.draw(comparison).axes) == 1
+
+
+def test_learning_rates_are_those_that_tuning_found():
+    """What `benchmarks.tuning` chose on validation pictures is what the entrants and baselines have."""
+    found = json.loads((catalog.results_folder() / "comparisons" / "digits" / "tuning.json").read_text())
+    ground = grounds.GROUNDS["digits"]
+    assert set(found) == {*(s.slug for s in catalog.systems().values() if s.built and "digits" in s.grounds),
+                          *(set(ground.baselines) - {"the teacher itself"})}
+    for row, outcome in found.items():
+        best = chosen({float(lr): scores for lr, scores in outcome["accuracy"].items()}, outcome["start"])
+        if row in ground.baselines:
+            has = inspect.signature(ground.baselines[row]).parameters["lr"].default
+        else:
+            has = grounds.config_on(ground, catalog.load(row), catalog.find(row).grounds["digits"].get("config")).lr
+        assert math.isclose(has, best) and math.isclose(outcome["lr"], best), row
+
+
+def test_tuning_goes_uphill_by_factors_of_two():
+    asked = []
+
+    def score(lr):
+        asked.append(lr)
+        return [-abs(math.log2(lr) - 2.0)]
+
+    assert chosen(best_rate(score, 1.0), 1.0) == 4.0 and asked == [0.5, 1.0, 2.0, 4.0]
+    assert list(best_rate(lambda lr: [0.0], 1.0)) == [0.5, 1.0, 2.0]
+    assert min(best_rate(lambda lr: [-lr], 1.0)) == 0.25
+    assert chosen({1.0: [0.5], 0.5: [0.5], 2.0: [0.4]}, 0.5) == 0.5

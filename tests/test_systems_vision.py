@@ -77,6 +77,8 @@ WORDS = {
     "distillweighted": ["--teachers", f"{fresh('timm:test_resnet', 7)},{CONVNEXT}", "--student",
                         fresh("timm:mobilenetv3_small_050"), *LABELLED, *UNLABELLED, *TWO,
                         "--config.unlabelled-batch", "4"],
+    "amd": ["--teacher", SMALL_VIT, *LABELLED, *VALIDATION, *THREE, "--config.scale", "0.5",
+            "--config.candidates", "0.7", "0.8", "--config.joint", "0.34", "--config.assistant", "0.34"],
     "kd-survey": [*pair(RESNET, MOBILE), *LABELLED, *TWO, "--config.leaf", "hint"],
     "kd-survey relations": [*pair(SMALL_VIT, RESNET), *LABELLED, *TWO, "--config.leaf", "sp"],
     "mtt": ["--network", fresh("timm:test_efficientnet_gn"), *LABELLED, "--config.steps", "1", "--config.experts", "1",

@@ -381,7 +381,7 @@ def test_wrong_input_is_named_before_any_step():
         trained(data=given["data"].without("label"))
     with pytest.raises(DataError, match="other"):
         trained(config=changed(teacher_sees="other"))
-    with pytest.raises(RoleError, match="there is a label 9"):
+    with pytest.raises(RoleError, match="between 9 and 9, but student has 4"):
         trained(data=given["data"].with_fields(label=torch.full((12,), 9)))
     with pytest.raises(UnknownNameError, match="no module 'neck'"):
         trained(config=changed(student_feature="neck"))

@@ -47,8 +47,10 @@ def check(protocol: Any, data: Any, device: torch.device, roles: dict[str, Any],
 
 
 def _check_labels(label: Tensor, widths: dict[str, int]) -> None:
-    if label.dim() != 1 or label.is_floating_point() or label.is_complex():
-        raise DataError(f"labels are whole numbers, one a sample; got {label.dtype} of shape {tuple(label.shape)}")
+    if label.is_floating_point() or label.is_complex():
+        raise DataError(f"labels are whole numbers; got {label.dtype} of shape {tuple(label.shape)}")
+    if label.dim() > 1:  # one for each token or place, some of them ignored
+        return
     low, high = int(label.min()), int(label.max())
     for role, classes in widths.items():
         if low < 0 or high >= classes:
