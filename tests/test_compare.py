@@ -182,7 +182,7 @@ def test_tuning_goes_uphill_by_factors_of_two():
         asked.append(lr)
         return [-abs(math.log2(lr) - 2.0)]
 
-    assert chosen(best_rate(score, 1.0), 1.0) == 4.0 and asked == [0.5, 1.0, 2.0, 4.0]
+    assert chosen(best_rate(score, 1.0), 1.0) == 4.0 and asked == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert list(best_rate(lambda lr: [0.0], 1.0)) == [0.5, 1.0, 2.0]
-    assert min(best_rate(lambda lr: [-lr], 1.0)) == 0.25
+    assert min(best_rate(lambda lr: [-lr], 1.0)) == 0.125
     assert chosen({1.0: [0.5], 0.5: [0.5], 2.0: [0.4]}, 0.5) == 0.5

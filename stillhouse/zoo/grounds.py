@@ -135,12 +135,12 @@ def _digits_measure(target: Any, run: Run) -> Metrics:
             "kilobytes": (bits or full_bits(target)) / 8192}
 
 
-def _student_alone(run: Run, roles: Roles, lr: float = 0.02) -> nn.Module:
+def _student_alone(run: Run, roles: Roles, lr: float = 0.01) -> nn.Module:
     return supervised.train(roles["student"], roles["labelled"], supervised.Config(**_TRAINING, lr=lr), run,
                             lambda x: random_view(x, run))
 
 
-def _plain_kd(run: Run, roles: Roles, lr: float = 0.02) -> nn.Module:
+def _plain_kd(run: Run, roles: Roles, lr: float = 0.08) -> nn.Module:
     return kd.distill(roles["teacher"], roles["student"], roles["labelled"], kd.Config(**_TRAINING, lr=lr), run,
                       lambda x: random_view(x, run))
 
