@@ -11,7 +11,7 @@ SYSTEMS = ["ssld", "dmd2", "mtt", "lls-ddfa", "quantized-distillation", "wcord",
            "meal-v2", "distillweighted", "msdcrd", "sla", "bd-kd", "rad", "kd-data-pruning", "nonresidual-kd",
            "fantastic-gains", "unic", "guided-self-distillation", "mekd", "sd-label-noise", "mdcs", "born-again",
            "diswot", "progressive-distillation", "consistency-models", "real-nvp", "promptkd", "fedx", "mirage",
-           "simclrv2", "distillm", "dphubert"]
+           "simclrv2", "distillm", "dphubert", "amd"]
 GROUPS = 3
 """Several systems share a start of Python; ofa-kd and kd-survey are the cases token_exits and leaves."""
 
